@@ -1,0 +1,174 @@
+"""A pair folder (real, synthetic or predicted) -> COCO's panoptic JSON + PNG and instance JSON.
+
+A (class, instance) pair is a segment, and its id is class + 256 instance: R of the PNG is the class, G the instance.
+Stuff is one segment a class; instance 255 is a crowd. What was made by prepare.py comes out as it went in.
+
+Differs: results.json, for pycocotools' loadRes, has the score 1 for every thing: a pair folder holds no scores.
+         An image whose name is no number keeps its name as its id; a thing without an instance is one segment.
+Reads:   FOLDER/{classes.json,masks} and, if there, FOLDER/{images,instances}
+Writes:  OUT/{panoptic.json,panoptic/*.png,instances.json,results.json}, OUT = FOLDER/coco by default
+Needs:   no sibling file
+Run:     python data/coco/export.py data/coco/val
+"""
+
+import argparse
+import json
+import os
+import sys
+from functools import partial
+from multiprocessing import Pool
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as rle
+from tqdm import tqdm
+
+CROWD = 255
+
+
+def read(path):
+    """An 8-bit picture of ids -> (H, W) uint8; ValueError in one line where it is something else."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: a whole picture was looked for, found none ({error}); make it again")
+    if image.mode not in ("L", "P"):
+        raise ValueError(f"{path}: one channel of ids was looked for, found {image.mode} colours; save the ids")
+    return np.asarray(image)
+
+
+def segments(ids, instances, classes):
+    """(H, W) class ids and instances -> (H, W) segment ids, 0 void, and COCO's segments_info."""
+    things = np.array([False] + [c["isthing"] for c in classes])
+    ids = ids.astype(np.int32)
+    codes = ids + 256 * np.where(things[ids], instances, 0).astype(np.int32)
+    info = []
+    for code, area in zip(*(n.tolist() for n in np.unique(codes[codes > 0], return_counts=True))):
+        rows, columns = (np.flatnonzero((codes == code).any(axis)) for axis in (1, 0))
+        box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
+        info.append({"id": code, "category_id": category(classes, code % 256), "area": area,
+                     "bbox": [int(n) for n in box], "iscrowd": int(code // 256 == CROWD)})
+    return codes, info
+
+
+def category(classes, k):
+    """The id of class k in the data set it comes from; k itself where there is none."""
+    return classes[k - 1].get("source_id", k)
+
+
+def regions(codes, info, classes):
+    """The things among the segments as COCO's instance annotations, with RLE masks."""
+    things = {category(classes, k + 1) for k, c in enumerate(classes) if c["isthing"]}
+    for one in info:
+        if one["category_id"] in things:
+            mask = rle.encode(np.asfortranarray(codes == one["id"], dtype=np.uint8))
+            mask["counts"] = mask["counts"].decode("ascii")
+            yield {"category_id": one["category_id"], "segmentation": mask, "area": one["area"],
+                   "bbox": one["bbox"], "iscrowd": one["iscrowd"]}
+
+
+def export(name, folder, out, classes):
+    """Write out/panoptic/NAME.png -> ((width, height), segments_info, instance annotations), or an error line."""
+    mask, instance = (os.path.join(folder, kind, name + ".png") for kind in ("masks", "instances"))
+    path = os.path.join(out, "panoptic", name + ".png")
+    try:
+        ids = read(mask)
+        instances = read(instance) if os.path.isdir(os.path.dirname(instance)) else np.zeros_like(ids)
+        if ids.shape != instances.shape:
+            raise ValueError(f"{instance}: the size of its mask, {ids.shape}, was looked for, found"
+                             f" {instances.shape}; make both again")
+        if ids.max() > len(classes):
+            raise ValueError(f"{mask}: ids up to the {len(classes)} of classes.json were looked for, found"
+                             f" {ids.max()}; make the mask again or complete classes.json")
+        codes, info = segments(ids, instances, classes)
+        colours = np.stack([codes % 256, codes // 256, np.zeros_like(codes)], -1)    # id = R + 256 G + 65536 B
+        Image.fromarray(colours.astype(np.uint8)).save(path + ".part", format="PNG")
+        os.replace(path + ".part", path)
+        return ids.shape[::-1], info, list(regions(codes, info, classes))
+    except ValueError as error:
+        return str(error)
+    except OSError as error:
+        return f"{path}: cannot be written ({error}); free the disk or choose another --out"
+
+
+def files(folder):
+    """-> {name: file name} of a folder's pictures; nothing where there is no such folder."""
+    return {os.path.splitext(f)[0]: f for f in sorted(os.listdir(folder)) if f[0] != "."} if os.path.isdir(folder) else {}
+
+
+def open_folder(folder):
+    """-> (classes, {name: image file name}) of a pair folder; ends the program where it is none."""
+    path = os.path.join(folder, "classes.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            classes = json.load(file)
+        assert all(isinstance(c["name"], str) for c in classes)
+        classes = [{"isthing": False, **c} for c in classes]
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        sys.exit(f"{path}: a list of {{\"name\", \"isthing\", \"source_id\"}} was looked for, found none ({error!r});"
+                 " give a pair folder such as data/coco/val")
+    images, masks, instances = (files(os.path.join(folder, kind)) for kind in ("images", "masks", "instances"))
+    if not masks:
+        sys.exit(f"{folder}/masks: PNG files were looked for, found none; give a pair folder such as data/coco/val")
+    for kind, found in (("images", images), ("instances", instances)):
+        for lost in sorted(found.keys() ^ masks.keys())[:1] if found else []:
+            has, lacks = (kind, "masks") if lost in found else ("masks", kind)
+            sys.exit(f"{folder}/{lacks}: {lost} was looked for, as {has} holds it, found none; add it or delete it"
+                     " from the other")
+    return classes, {name: images.get(name, name + ".jpg") for name in masks}
+
+
+def write_json(data, path):
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        json.dump(data, file)
+    os.replace(path + ".part", path)
+
+
+def write_all(out, classes, names, found):
+    """The three JSON files from {name: image file name} and what export() returned for each name."""
+    numbers = all(name.isdigit() for name in names) and len({int(name) for name in names}) == len(names)
+    categories = [{"id": category(classes, k), "name": c["name"], "supercategory": c["name"],
+                   "isthing": int(c["isthing"])} for k, c in enumerate(classes, 1)]
+    images, panoptic, instances = [], [], []
+    for (name, file), ((width, height), info, things) in zip(names.items(), found):
+        image_id = int(name) if numbers else name
+        images.append({"id": image_id, "file_name": file, "width": width, "height": height})
+        panoptic.append({"image_id": image_id, "file_name": name + ".png", "segments_info": info})
+        instances += [{"id": len(instances) + n, "image_id": image_id, **one} for n, one in enumerate(things, 1)]
+    shared = {"info": {"description": "pair folder"}, "licenses": [], "images": images}
+    write_json({**shared, "annotations": panoptic, "categories": categories}, os.path.join(out, "panoptic.json"))
+    write_json({**shared, "annotations": instances, "categories": [c for c in categories if c["isthing"]]},
+               os.path.join(out, "instances.json"))
+    write_json([{"image_id": one["image_id"], "category_id": one["category_id"], "bbox": one["bbox"],
+                 "segmentation": one["segmentation"], "score": 1.0} for one in instances if not one["iscrowd"]],
+               os.path.join(out, "results.json"))
+    return sum(len(one["segments_info"]) for one in panoptic), len(instances)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="pair folder -> COCO's panoptic JSON + PNG and instance JSON")
+    parser.add_argument("folder", help="pair folder: classes.json, masks, instances and images if there")
+    parser.add_argument("--out", help="folder to write (default: FOLDER/coco)")
+    args = parser.parse_args()
+    out = args.out or os.path.join(args.folder, "coco")
+    classes, names = open_folder(args.folder)
+    try:
+        os.makedirs(os.path.join(out, "panoptic"), exist_ok=True)
+    except OSError as error:
+        sys.exit(f"{out}: a folder to write in was looked for, found none ({error}); choose another --out")
+    with Pool() as pool:
+        work = partial(export, folder=args.folder, out=out, classes=classes)
+        found = list(tqdm(pool.imap(work, names, chunksize=8), "export", len(names), unit=" images"))
+    errors = [one for one in found if isinstance(one, str)]
+    if errors:
+        sys.exit(f"{errors[0]} ({len(errors)} of {len(names)} images failed; no JSON was written)")
+    try:
+        segment_count, thing_count = write_all(out, classes, names, found)
+    except OSError as error:
+        sys.exit(f"{out}: cannot be written ({error}); free the disk or choose another --out")
+    print(f"{out}: {len(names)} images, {segment_count} segments, {thing_count} of them things")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,564 @@
+"""Diffusion without a network: the noising process, its loss, guidance, six lines a sampler, and one training loop.
+
+Data x0 is noised to x_t = a_t x0 + s_t noise with a_t^2 + s_t^2 = 1; a network sees (x_t, t) and tells x0 (or the noise,
+or v). A sampler walks sigma = s_t / a_t down to 0 and asks only for a function (x, sigma) -> x0, so any network, any
+conditioning and any guidance fit every sampler.
+
+Paper: SegGen samples masks with EDM's stochastic sampler in 200 steps and images in 40 (secondary note).
+       DDPM (2006.11239), DDIM (2010.02502), EDM (2206.00364), DPM-Solver++ (2211.01095), classifier-free guidance
+       (2207.12598), min-SNR weighting (2303.09556), v-prediction (2202.00512).
+Differs: the process keeps SDXL's 1000 discrete steps; samplers that need a sigma between two of them interpolate.
+Reads: any torch Dataset.    Writes: OUT/{model.safetensors, state.pt, log.jsonl, samples.png} (fit), out/toy (the demo).
+Needs: nothing beside it.
+    python diffusion.py            # learns a 2-D spiral in seconds, writes out/toy/samples.png
+Dimension key: B batch, C channels, H W pixels.
+"""
+import argparse
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+FORMAT = "seggen-1"            # changes when the key layout of our checkpoints changes
+
+
+# ------------------------------------------------------------------------------------------------- the process
+
+class Schedule:
+    """The noise levels of T discrete steps and what the network's output means.
+
+    kind        "scaled_linear": Stable Diffusion's and SDXL's betas. "cosine": uniform in the angle atan(sigma) between
+                EDM's sigmas 0.002 and 80: more time on the middle levels, which is where pixels need it.
+    prediction  "epsilon" (noise), "v_prediction" (a noise - s x0) or "sample" (x0).
+    spacing     "leading" (+ offset) or "trailing" or "linspace": which of the T steps a sampler of n steps visits.
+    """
+
+    def __init__(self, kind="scaled_linear", prediction="epsilon", spacing="leading", offset=1, T=1000):
+        assert prediction in ("epsilon", "v_prediction", "sample"), prediction
+        assert spacing in ("leading", "trailing", "linspace"), spacing
+        self.config = dict(kind=kind, prediction=prediction, spacing=spacing, offset=offset, T=T)
+        self.prediction, self.spacing, self.offset, self.T = prediction, spacing, offset, T
+        if kind == "scaled_linear":
+            betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, T, dtype=torch.float32) ** 2
+            alpha_bar = torch.cumprod(1 - betas, 0)
+        elif kind == "cosine":
+            angle = torch.linspace(math.atan(0.002), math.atan(80.0), T, dtype=torch.float64)
+            alpha_bar = (torch.cos(angle) ** 2).float()
+        else:
+            raise ValueError(f"schedule kind {kind!r}: scaled_linear or cosine")
+        self.a, self.s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()        # (T,), (T,)
+        self.sigmas = ((1 - alpha_bar) / alpha_bar).sqrt()               # (T,) rising
+
+    def scales(self, t, like):
+        """t (B,) long -> a_t, s_t, shaped to broadcast over like (B, ...)."""
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        return (table.to(like.device)[t].view(shape) for table in (self.a, self.s))
+
+    def noised(self, x0, noise, t):
+        a, s = self.scales(t, x0)
+        return a * x0 + s * noise
+
+    def target(self, x0, noise, t):
+        """What the network should say at x_t."""
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "sample":
+            return x0
+        a, s = self.scales(t, x0)
+        return a * noise - s * x0
+
+    def to_x0(self, out, x, sigma):
+        """The network's output at x (unit variance) and noise level sigma (a float) -> x0."""
+        if self.prediction == "sample":
+            return out
+        a = 1 / math.sqrt(1 + sigma ** 2)
+        s = sigma * a
+        return (x - s * out) / a if self.prediction == "epsilon" else a * x - s * out
+
+    def weight(self, t, min_snr):
+        """Loss weight of each t (B,): every prediction's loss brought to that of x0 times min(SNR + 1, min_snr).
+
+        SNR + 1 is the plain v loss; min_snr caps the weight of nearly clean inputs, where there is little to learn.
+        """
+        a, s = self.a.to(t.device)[t], self.s.to(t.device)[t]
+        snr = (a / s) ** 2
+        own = {"sample": torch.ones_like(snr), "v_prediction": snr + 1, "epsilon": snr}[self.prediction]
+        return (snr + 1).clamp(max=min_snr) / own
+
+    def t_of(self, sigma):
+        """A noise level -> its (fractional) step in [0, T - 1], linear in log sigma."""
+        return float(np.interp(math.log(max(sigma, 1e-10)), self.sigmas.log().numpy(), np.arange(self.T)))
+
+    def grid(self, n, sampler):
+        """n steps of a sampler -> n + 1 falling sigmas (the last is where it ends) and the n time steps."""
+        if sampler == "edm":                                             # EDM eq. 5, rho = 7
+            top, low, rho = self.sigmas[-1].item() ** (1 / 7), self.sigmas[0].item() ** (1 / 7), 7
+            sigmas = [(top + i / max(n - 1, 1) * (low - top)) ** rho for i in range(n)]
+            return sigmas + [0.0], [self.t_of(sigma) for sigma in sigmas]
+        T, multistep = self.T, sampler == "dpm++"                        # the public multistep solver spaces by n + 1
+        if self.spacing == "leading":
+            t = np.arange(n + multistep) * (T // (n + multistep))
+            t = t[::-1][:n] + self.offset
+        elif self.spacing == "trailing":
+            t = np.round(T - np.arange(n) * T / n) - 1
+        else:
+            t = np.linspace(0, T - 1, n + multistep).round()[::-1][:n]
+        t = np.clip(t, 0, T - 1).astype(int)
+        sigmas = self.sigmas[torch.as_tensor(t.copy())].tolist()
+        end = self.sigmas[0].item() if sampler == "ddim" and self.prediction == "epsilon" else 0.0
+        return sigmas + [end], [float(i) for i in t]                     # SDXL's DDIM ends at the first noise level
+
+
+def loss(model, schedule, x0, *cond, min_snr=None, noise_offset=0.0):
+    """Mean squared error of the network's prediction at a random step. x0 (B, C, H, W) in about [-1, 1] -> scalar.
+
+    noise_offset adds a random constant an image and channel, so that SDXL learns very dark and very bright pictures.
+    """
+    t = torch.randint(schedule.T, (len(x0),), device=x0.device)
+    noise = torch.randn_like(x0)
+    if noise_offset:
+        noise = noise + noise_offset * torch.randn(*x0.shape[:2], *(1,) * (x0.ndim - 2), device=x0.device)
+    out = model(schedule.noised(x0, noise, t), t, *cond)
+    error = F.mse_loss(out.float(), schedule.target(x0, noise, t), reduction="none").flatten(1).mean(1)   # (B,)
+    return (error if min_snr is None else error * schedule.weight(t, min_snr)).mean()
+
+
+# -------------------------------------------------------------------------------------------------- sampling
+
+def denoiser(model, schedule, cond, null=None, guidance=1.0, decode=None):
+    """A conditioned network -> the function (x, sigma) -> x0 that every sampler asks for.
+
+    cond and null are tuples of arguments of the model for the B samples; with null and guidance != 1 both halves run as
+    one batch of 2 B (classifier-free guidance). decode turns raw outputs into x0 where they are neither x0, v nor noise
+    (Text2Mask's logits); guidance acts on raw outputs.
+    """
+    both = null is not None and guidance != 1
+    if both:
+        cond = tuple(stacked(c, n) for c, n in zip(cond, null))
+
+    def x0(x, sigma):
+        x = x / math.sqrt(1 + sigma ** 2)                                # the network sees unit variance
+        t = torch.full((len(x) * (1 + both),), schedule.t_of(sigma), device=x.device)
+        out = model(torch.cat([x, x]) if both else x, t, *cond).float()
+        if both:
+            yes, no = out.chunk(2)
+            out = no + guidance * (yes - no)
+        return decode(out) if decode else schedule.to_x0(out, x, sigma)
+    return x0
+
+
+def stacked(a, b):
+    """Two equal nests of tensors -> one, joined along the batch."""
+    if torch.is_tensor(a):
+        return torch.cat([a, b])
+    if isinstance(a, dict):
+        return {key: stacked(a[key], b[key]) for key in a}
+    return a if a is None else type(a)(stacked(i, j) for i, j in zip(a, b))
+
+
+@torch.no_grad()
+def sample(x0, schedule, noise, steps, sampler="dpm++", randn=torch.randn_like, churn=40.0, progress=False):
+    """noise (B, C, H, W), unit normal -> samples x0 of that shape.
+
+    x0(x, sigma): the denoiser. sampler: "euler", "ddim" (Euler in sigma, with SDXL's own last level), "dpm++"
+    (DPM-Solver++(2M)) or "edm" (EDM algorithm 2: Heun with `churn` fresh noise; two evaluations a step).
+    """
+    sigmas, _ = schedule.grid(steps, sampler)
+    walk = {"euler": euler, "ddim": euler, "dpm++": dpm_multistep, "edm": edm_heun}[sampler]
+    start = sigmas[0] if sampler == "edm" else math.sqrt(1 + sigmas[0] ** 2) if sigmas[0] < 20 else sigmas[0]
+    pairs = list(zip(sigmas, sigmas[1:]))
+    extra = dict(randn=randn, churn=churn) if sampler == "edm" else {}
+    return walk(x0, noise * start, tqdm(pairs, "sample", leave=False, disable=not progress), **extra)
+
+
+def euler(x0, x, pairs):
+    for sigma, below in pairs:
+        x = x + (below - sigma) * (x - x0(x, sigma)) / sigma
+    return x
+
+
+def dpm_multistep(x0, x, pairs):
+    """DPM-Solver++(2M), its algorithm 2, in sigma: the last two x0 extrapolate half a step ahead."""
+    last, h_last = None, None
+    for sigma, below in pairs:
+        now = x0(x, sigma)
+        if below == 0:
+            return now
+        h = math.log(sigma / below)
+        ahead = now if last is None else now + (now - last) * h / (2 * h_last)
+        x = below / sigma * x - math.expm1(-h) * ahead
+        last, h_last = now, h
+    return x
+
+
+def edm_heun(x0, x, pairs, randn, churn, low=0.05, high=50.0, noise=1.003):
+    """EDM's stochastic sampler (algorithm 2 and table 5's ImageNet values; churn 0 is plain Heun)."""
+    gamma = min(churn / len(pairs), math.sqrt(2) - 1)
+    for sigma, below in pairs:
+        top = sigma * (1 + gamma) if low <= sigma <= high else sigma
+        if top > sigma:
+            x = x + math.sqrt(top ** 2 - sigma ** 2) * noise * randn(x)
+        slope = (x - x0(x, top)) / top
+        ahead = x + (below - top) * slope
+        if below > 0:
+            ahead = x + (below - top) * 0.5 * (slope + (ahead - x0(ahead, below)) / below)
+        x = ahead
+    return x
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+class EMA:
+    """Exponential moving average of the trained parameters; its weights are what sampling reads."""
+
+    def __init__(self, model, decay=0.999):
+        self.decay, self.step = decay, 0
+        self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.shadow = {name: p.detach().clone() for name, p in self.params.items()}
+
+    @torch.no_grad()
+    def update(self):
+        self.step += 1
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))      # follows closely at first
+        torch._foreach_lerp_(list(self.shadow.values()), list(self.params.values()), 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self):
+        """The model carries the average inside the block and its own weights again after it."""
+        own = {name: p.detach().clone() for name, p in self.params.items()}
+        try:
+            self.copy(self.shadow)
+            yield
+        finally:
+            self.copy(own)
+
+    @torch.no_grad()
+    def copy(self, source):
+        for name, p in self.params.items():
+            p.copy_(source[name])
+
+
+def seed_of(*parts):
+    """Any values -> a seed; the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
+class Batches(torch.utils.data.Sampler):
+    """Step after step, batches of (index, seed): what is drawn depends on (seed, step, rank) alone."""
+
+    def __init__(self, length, batch, start, steps, seed, rank):
+        self.length, self.batch, self.start, self.steps, self.seed, self.rank = length, batch, start, steps, seed, rank
+
+    def __iter__(self):
+        for step in range(self.start, self.steps):
+            rng = np.random.default_rng(seed_of(self.seed, step, self.rank, "batch"))
+            index, seeds = rng.integers(self.length, size=self.batch), rng.integers(2 ** 62, size=self.batch)
+            yield list(zip(index.tolist(), seeds.tolist()))
+
+    def __len__(self):
+        return self.steps - self.start
+
+
+def start(device="auto"):
+    """Picks the device and joins the process group under torchrun -> (device, rank, world)."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit(f"--device {device}: looked for a CUDA GPU, found none; leave --device out to run on the CPU")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "cuda" and world > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    torch.set_float32_matmul_precision("high")                           # TF32 on CUDA; nothing changes on the CPU
+    return torch.device(device), rank, world
+
+
+def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", warmup=100, decay="cosine", clip=1.0,
+        accumulate=1, ema=0.999, compile=False, workers=0, report_every=50, save_every=500, picture=None, measure=None):
+    """Trains model for `steps` optimiser steps and leaves OUT/{model.safetensors, state.pt, log.jsonl, samples.png}.
+
+    model     a module with `.config`; parameters that require no gradient stay as they are.
+    loss      loss(net, batch) -> scalar; net is the model, compiled and wrapped for DDP where asked.
+    dataset   dataset[(index, seed)] -> a dict of tensors; the seed makes every random choice in it repeatable.
+    lr        peak rate: `warmup` steps up to it, then "cosine" to zero or "constant".
+    picture   picture(model, path) draws samples.png;  measure(model) -> dict of numbers for the log. Both see EMA weights.
+    Run again, it goes on from state.pt and ends with the same weights as an undisturbed run, bit for bit on one machine.
+    """
+    device, rank, world = start(device)
+    out = Path(out)
+    model = model.to(device).train()
+    average = EMA(model, ema)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.99),
+                                  weight_decay=0.01, fused=True)
+    recipe = dict(steps=steps, batch=batch * world, lr=lr, seed=seed, accumulate=accumulate, config=model.config)
+    first = resume(out, model, average, optimiser, recipe)
+    net = torch.compile(model) if compile else model                     # train net, save model: clean key names
+    if world > 1:
+        net = nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=Batches(len(dataset), batch * accumulate, first, steps, seed, rank),
+        num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0)
+    losses, clock = [], time.time()
+    bar = tqdm(enumerate(loader, first), out.name, initial=first, total=steps, disable=rank > 0, mininterval=1)
+    for step, data in bar:
+        for group in optimiser.param_groups:
+            group["lr"] = lr * rate(step, steps, warmup, decay)
+        torch.manual_seed(seed_of(seed, step, rank, "noise"))
+        losses.append(0)
+        for part in range(accumulate):
+            micro = {key: value[part::accumulate].to(device, non_blocking=True) for key, value in data.items()}
+            last = part == accumulate - 1
+            with contextlib.nullcontext() if world == 1 or last else net.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    error = loss(net, micro) / accumulate
+                error.backward()
+            losses[-1] = losses[-1] + error.detach()
+        nn.utils.clip_grad_norm_(average.params.values(), clip)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        average.update()
+        done = step + 1
+        if done % report_every == 0 or done % save_every == 0 or done == steps:
+            check_finite(torch.stack(losses), done, out)
+            if rank == 0:
+                line = dict(step=done, loss=round(torch.stack(losses).mean().item(), 5),
+                            seconds_per_step=round((time.time() - clock) / len(losses), 4))
+                saved = done % save_every == 0 or done == steps
+                if saved and measure:
+                    with average.applied():
+                        line.update(measure(model.eval()))
+                    model.train()
+                report(out, line, bar)
+                if saved:
+                    save_state(out, model, average, optimiser, done, recipe, picture)
+            losses, clock = [], time.time()
+    if world > 1:
+        dist.barrier()
+    return model.eval()
+
+
+def rate(step, steps, warmup, decay):
+    up = min(1.0, (step + 1) / max(warmup, 1))
+    return up if decay == "constant" else up * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def check_finite(losses, done, out):
+    bad = (~torch.isfinite(losses)).nonzero()
+    if len(bad):
+        sys.exit(f"{out}: the loss was not finite at step {done - len(losses) + bad[0].item() + 1}; the last good state "
+                 f"is kept in state.pt; run again with a smaller --lr")
+
+
+def report(out, line, bar):
+    with open(out / "log.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    bar.write("  ".join(f"{key} {value}" for key, value in line.items()))
+
+
+def save_state(out, model, average, optimiser, step, recipe, picture):
+    with replacing(out / "state.pt") as path:
+        torch.save(dict(model={n: p.detach() for n, p in average.params.items()}, ema=average.shadow, step=step,
+                        optimiser=optimiser.state_dict(), recipe=json.dumps(recipe, sort_keys=True)), path)
+    with average.applied():
+        save(model, out)
+        if picture:
+            model.eval()
+            with replacing(out / "samples.png") as path:
+                picture(model, path)
+            model.train()
+
+
+def resume(out, model, average, optimiser, recipe):
+    """Loads OUT/state.pt where there is one -> the step to go on from."""
+    with writable(out):
+        Path(out).mkdir(parents=True, exist_ok=True)
+        for left in out.glob(".*.tmp*"):                                 # of a run that was killed while it wrote
+            left.unlink(missing_ok=True)
+    path = out / "state.pt"
+    if not path.exists():
+        (out / "log.jsonl").unlink(missing_ok=True)
+        return 0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        old = json.loads(state["recipe"])
+    except Exception as error:
+        sys.exit(f"{path}: looked for a state to resume, found {type(error).__name__}; delete {out} to start afresh")
+    new = json.loads(json.dumps(recipe))
+    differs = [f"{key} {old.get(key)} then, {new[key]} now" if key != "config" else "the model" for key in new
+               if old.get(key) != new[key]]
+    if differs:
+        sys.exit(f"{path}: a run with other settings is there ({'; '.join(differs)}); give another --out or delete it")
+    average.copy(state["model"])
+    for name, p in average.shadow.items():
+        p.copy_(state["ema"][name])
+    average.step = state["step"]
+    optimiser.load_state_dict(state["optimiser"])
+    log = out / "log.jsonl"
+    lines = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
+    log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= state["step"]))
+    return state["step"]
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+@contextlib.contextmanager
+def writable(where):
+    """An OSError (no permission, full disk) inside ends the program in one line."""
+    try:
+        yield
+    except OSError as error:
+        sys.exit(f"{where}: cannot write here ({error.strerror or error}); give another --out or free some space")
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a temporary name beside path that takes its place at the end: the file is whole or not there."""
+    path = Path(path)
+    part = path.with_name(f".{path.stem}.tmp{os.getpid()}{path.suffix}")
+    with writable(path):
+        try:
+            yield part
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def save(model, folder, half=False):
+    """Writes FOLDER/model.safetensors: the weights, and the constructor arguments as JSON in its metadata."""
+    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    if half:
+        state = {name: t.half() if t.is_floating_point() else t for name, t in state.items()}
+    metadata = dict(format=FORMAT, **{"class": type(model).__name__, "config": json.dumps(model.config)})
+    with writable(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    with replacing(Path(folder) / "model.safetensors") as path:
+        try:
+            save_file(state, path, metadata=metadata)
+        except SafetensorError as error:                                 # how the library words a full disk
+            raise OSError(str(error))
+
+
+def read(path, kind):
+    """FOLDER or FILE of a checkpoint of ours of class `kind` -> (config, state dict in fp32). One line on anything else."""
+    path = Path(path)
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        sys.exit(f"{path}: looked for a {kind} checkpoint, found no such file; train one or give another --init / --weights")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        sys.exit(f"{path}: looked for a safetensors file, found something else or a truncated one ({error}); "
+                 f"only .safetensors is read, never a pickle")
+    found = metadata.get("format", "none"), metadata.get("class", "none")
+    if found != (FORMAT, kind):
+        sys.exit(f"{path}: looked for a checkpoint of format {FORMAT} that holds a {kind}, found format {found[0]} with "
+                 f"{found[1]}; train it with this version")
+    return json.loads(metadata["config"]), {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
+
+
+def load(cls, path, device="cpu"):
+    """A checkpoint of ours -> the module in eval mode, strict."""
+    config, state = read(path, cls.__name__)
+    model = cls(**config)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        sys.exit(f"{path}: its keys are not those of {cls.__name__}: {' '.join(str(error).split())[:300]}")
+    return model.to(device).eval()
+
+
+def positive(kind):
+    """An argparse type: a finite number over zero."""
+    def number(text):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text}: a number over zero is needed")
+        return value
+    number.__name__ = f"positive {kind.__name__}"
+    return number
+
+
+# ----------------------------------------------------------------------------------------------------- demo
+
+class Spiral(torch.utils.data.Dataset):
+    """Points of a two-armed spiral, (2,) in about [-1, 1], and which arm (1,) they are of."""
+
+    def __len__(self):
+        return 1 << 20
+
+    def __getitem__(self, key):
+        rng = np.random.default_rng(key[1])
+        arm, u = rng.integers(2), rng.random() ** 0.5
+        angle = 3.5 * u * math.pi + arm * math.pi
+        point = u * np.array([math.cos(angle), math.sin(angle)]) + rng.normal(size=2) * 0.02
+        return dict(x=torch.tensor(point, dtype=torch.float32), arm=torch.tensor([arm]))
+
+
+class Points(nn.Module):
+    """A denoiser of points: (B, 2), t (B,), arm (B, 1) long (0, 1, or 2 = no condition) -> (B, 2)."""
+
+    def __init__(self, width=128):
+        super().__init__()
+        self.config = dict(width=width)
+        self.arm = nn.Embedding(3, width)
+        self.inner = nn.Sequential(nn.Linear(2 + 32, width), nn.SiLU())
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.outer = nn.Linear(width, 2)
+
+    def forward(self, x, t, arm):
+        angle = t[:, None].float() / 1000 * math.pi * 2 ** torch.linspace(-1, 5, 16)
+        h = self.inner(torch.cat([x, angle.sin(), angle.cos()], 1)) + self.arm(arm[:, 0])
+        for layer in self.layers:
+            h = h + F.silu(layer(h))
+        return self.outer(h)
+
+
+def main():
+    from PIL import Image, ImageDraw
+    parser = argparse.ArgumentParser(description="Learns a 2-D spiral and draws what each sampler makes of it.")
+    parser.add_argument("--out", type=Path, default=Path("out/toy"), help="folder of the results")
+    parser.add_argument("--steps", type=positive(int), default=800, help="training steps")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    schedule = Schedule("cosine", "v_prediction", "trailing")
+    torch.manual_seed(args.seed)
+
+    def drop_loss(net, data):
+        arm = torch.where(torch.rand(len(data["arm"]), 1) < 0.1, 2, data["arm"])     # 2: the null condition
+        return loss(net, schedule, data["x"], arm)
+    model = fit(Points(), drop_loss, Spiral(), args.out, steps=args.steps, batch=256, lr=3e-3, seed=args.seed,
+                device="cpu", report_every=400)
+    picture = Image.new("RGB", (4 * 200, 200), "white")
+    for column, sampler in enumerate(("euler", "ddim", "dpm++", "edm")):
+        arm = torch.arange(1000)[:, None] % 2
+        x0 = denoiser(model, schedule, (arm,), (torch.full_like(arm, 2),), guidance=1.5)
+        points = sample(x0, schedule, torch.randn(1000, 2), 25, sampler)
+        draw = ImageDraw.Draw(picture)
+        draw.text((column * 200 + 6, 4), f"{sampler}, 25 steps", fill="black")
+        for (x, y), a in zip(points.tolist(), arm[:, 0].tolist()):
+            px, py = column * 200 + 100 + 85 * x, 105 + 85 * y
+            draw.ellipse((px - 1, py - 1, px + 1, py + 1), fill=("#c8372d", "#2850aa")[a])
+    with replacing(args.out / "samples.png") as path:
+        picture.save(path)
+    print(f"wrote {args.out / 'samples.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,497 @@
+"""Text2Mask: a caption -> a segmentation mask, by a diffusion model that paints colour-coded masks.
+
+A mask becomes an image by giving each class a colour, so a text-to-image model can be fine-tuned to draw masks. In
+pixel space the network says, for every pixel, how likely each colour of the palette is; x0 is the expected colour and
+the loss is cross-entropy, so a finished mask needs no decoding of blended borders.
+
+Paper: SegGen (2311.03355) section 3, Text2Mask: SDXL-base fine-tuned on (caption, colour map), lr 1e-5, 30k steps.
+       The palette is measured in the authors' published pictures, where it explains every pixel.
+Differs: on small data the base is a small pixel-space UNet of our own with a logit per colour; masks are cleaned of
+       specks (the paper's are not); edges between instances are one pixel wide (the paper does not say).
+Reads: data/NAME/{train,val} pair folders; --init a base of mask2img.py.    Writes: out/NAME/text2mask.
+Needs: unet.py, diffusion.py.
+    python text2mask.py sample --prompt "two red houses by the water at sunset"
+    python text2mask.py train --data shapes --init out/shapes/base
+Dimension key: B batch, C channels, H W pixels, L caption tokens, D width, K classes; codes 0 void, 1..K, K + 1 edge.
+"""
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from torch import nn
+
+import diffusion
+from diffusion import Schedule, positive, replacing, seed_of
+from unet import PRESETS, TextEncoder, UNet
+
+ROOT = Path(__file__).resolve().parent
+MAX_CLASSES = 214                                                        # b = 6 has 216 colours: void and edge are two
+
+
+# -------------------------------------------------------------------------------------------- the mask codec
+
+def palette(K):
+    """K classes -> (K + 2, 3) uint8 colours of the codes 0 void, 1..K classes, K + 1 edge. Paper [D]: design of the
+    authors' pictures (ADE20K wall (0, 0, 51), building (0, 0, 102); the edge colour of COCO is code 134)."""
+    assert 1 <= K <= MAX_CLASSES, f"{K} classes; 1 to {MAX_CLASSES} have a colour"
+    b = next(b for b in range(2, 7) if b ** 3 >= K + 2)
+    s, v = round(255 / (b - 1)), np.arange(K + 2)
+    return np.minimum(np.stack([s * (v // b % b), s * (v // b ** 2), s * (v % b)], 1), 255).astype(np.uint8)
+
+
+def outlined(ids, instances, K):
+    """(H, W) class ids and instances -> codes with every segment's border (its last pixels right and down) as edge."""
+    segment = ids.astype(np.int64) * 256 + instances
+    edge = np.zeros(ids.shape, bool)
+    edge[:, :-1] |= segment[:, :-1] != segment[:, 1:]
+    edge[:-1] |= segment[:-1] != segment[1:]
+    return np.where(edge, K + 1, ids).astype(np.uint8)
+
+
+def encode(ids, K, instances=None):
+    """(H, W) class ids -> (H, W, 3) uint8 colour map; with instances every segment is outlined in the edge colour."""
+    return palette(K)[ids if instances is None else outlined(ids, instances, K)]
+
+
+def decode(colours, K, ambiguity=0.8):
+    """(H, W, 3) uint8 -> (H, W) uint8 codes by the nearest palette colour; a pixel whose nearest distance is over
+    `ambiguity` times its second nearest is void: it lies between two classes."""
+    flat = torch.from_numpy(np.array(colours, np.float32)).reshape(-1, 3)
+    code = torch.from_numpy(palette(K).astype(np.float32))
+    out = []
+    for part in flat.split(1 << 18):                                     # 2 MP x 152 codes would take 1.2 GB at once
+        near, index = torch.cdist(part, code).topk(2, largest=False)     # (N, 2)
+        out.append(torch.where(near[:, 0] > ambiguity * near[:, 1], 0, index[:, 0]))
+    return torch.cat(out).reshape(colours.shape[:2]).to(torch.uint8).numpy()
+
+
+def components(values):
+    """(H, W) integers -> (H, W) labels: 4-connected regions of equal value share their smallest flat index."""
+    index = np.arange(values.size).reshape(values.shape)
+    right, down = values[:, 1:] == values[:, :-1], values[1:] == values[:-1]
+    a = np.concatenate([index[:, :-1][right], index[:-1][down]])
+    b = np.concatenate([index[:, 1:][right], index[1:][down]])
+    label = index.ravel().copy()
+    while len(a):                                                        # hook roots together, then shorten all paths
+        low = np.minimum(label[a], label[b])
+        np.minimum.at(label, label[a], low)
+        np.minimum.at(label, label[b], low)
+        while (shorter := label[label]).tobytes() != label.tobytes():
+            label = shorter
+        open_ = label[a] != label[b]
+        a, b = a[open_], b[open_]
+    return label.reshape(values.shape)
+
+
+def grow(known, *maps):
+    """Pixels outside `known` (H, W) bool take the values of the nearest known ones, ring by ring, in each of maps."""
+    known, maps = known.copy(), [m.copy() for m in maps]
+    while known.any() and not known.all():
+        before = known.copy()
+        for axis, shift in ((0, 1), (0, -1), (1, 1), (1, -1)):
+            border = (slice(None),) * axis + (0 if shift == 1 else -1,)
+            take = np.roll(before, shift, axis)
+            take[border] = False                                         # nothing comes from beyond the border
+            take &= ~known
+            for m in maps:
+                m[take] = np.roll(m, shift, axis)[take]
+            known |= take
+    return maps
+
+
+def clean(ids, min_region=8):
+    """(H, W) codes -> the same with every 4-connected region under min_region pixels given to what surrounds it."""
+    label = components(ids)
+    size = np.bincount(label.ravel(), minlength=ids.size)
+    return grow(size[label] >= min_region, ids)[0]
+
+
+def segments(codes, isthing, min_region=8):
+    """(H, W) codes, edges included -> class ids and instances (H, W) uint8: a thing's instances are its connected
+    regions between edges, grown back over the edges. Instances are numbered 1..254 in reading order."""
+    K = len(isthing)
+    codes = clean(codes, min_region) if (codes <= K).all() else codes
+    label = components(codes)
+    size = np.bincount(label.ravel(), minlength=codes.size)
+    solid = (codes <= K) & (size[label] >= min_region)
+    ids, label = grow(solid, codes, label) if solid.any() else (np.where(codes > K, 0, codes), label)
+    things = np.concatenate([[False], isthing])[ids]
+    instances = np.zeros(ids.shape, np.uint8)
+    for n, root in enumerate(np.unique(label[things])[:254], 1):
+        instances[things & (label == root)] = n
+    return ids.astype(np.uint8), instances
+
+
+# ------------------------------------------------------------------------------------------------- the data
+
+def dataset_folder(data, split):
+    """--data NAME or PATH -> its pair folder of that split; the built-in shapes are drawn on the spot."""
+    folder = (Path(data) if Path(data).is_dir() else ROOT / "data" / data) / split
+    if not folder.is_dir() and str(data) == "shapes":
+        import subprocess
+        size = ["--unlabelled", "8000"] if split == "unlabelled" else []
+        subprocess.run([sys.executable, str(ROOT / "data" / "shapes" / "prepare.py"), *size], check=True)
+    if not folder.is_dir():
+        script = ROOT / "data" / str(data) / "prepare.py"
+        todo = f"run `python data/{data}/prepare.py --root RAW`" if script.exists() else "give --data a pair folder's parent"
+        sys.exit(f"{folder}: looked for a pair folder, found none; {todo}")
+    return folder
+
+
+def read_classes(folder):
+    """FOLDER/classes.json -> [{"name", "isthing", ...}], one to 214 of them."""
+    path = Path(folder) / "classes.json"
+    try:
+        classes = json.loads(path.read_text())
+        names = [str(c["name"]) for c in classes]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        sys.exit(f"{path}: looked for a list of {{name, isthing}}, found {type(error).__name__}; write one entry a class")
+    if not 1 <= len(names) <= MAX_CLASSES:
+        sys.exit(f"{path}: {len(names)} classes; the palette has colours for 1 to {MAX_CLASSES}: merge or drop some")
+    return [dict(name=name, isthing=bool(c.get("isthing", False))) for name, c in zip(names, classes)]
+
+
+def names_of(folder, masks=True):
+    """Sorted [(image path, name)] of a pair folder; every image must have its mask and every mask its image."""
+    folder = Path(folder)
+    images = {p.stem: p for p in sorted((folder / "images").glob("[!.]*.*"))} if (folder / "images").is_dir() else {}
+    if not images:
+        sys.exit(f"{folder / 'images'}: looked for images, found none; prepare the data set first")
+    if masks:
+        have = {p.stem for p in (folder / "masks").glob("[!.]*.png")}
+        alone = sorted(set(images) ^ have)
+        if alone:
+            what = "an image without a mask" if alone[0] in images else "a mask without an image"
+            sys.exit(f"{folder}: {len(alone)} of {len(images)} images and {len(have)} masks have no partner; {alone[0]} is "
+                     f"{what}; add it or remove its partner")
+    return [(images[name], name) for name in sorted(images)]
+
+
+def open_image(path, kind="image"):
+    try:
+        image = Image.open(path)
+        image.load()
+        return image
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        sys.exit(f"{path}: looked for a readable {kind}, found {type(error).__name__} ({error}); replace or remove it")
+
+
+def read_ids(path, K, size=None):
+    """A mask PNG -> (H, W) uint8 class ids; refuses RGB and ids over K."""
+    mask = open_image(path, "mask")
+    if mask.mode not in ("P", "L", "1", "I", "I;16"):
+        sys.exit(f"{path}: looked for class ids (palette or grey PNG), found mode {mask.mode}; save class ids, not colours")
+    if size is not None and mask.size != size:
+        sys.exit(f"{path}: the mask is {mask.size[0]} x {mask.size[1]}, its image {size[0]} x {size[1]}; they must agree")
+    ids = np.array(mask).astype(np.int64)
+    if ids.max(initial=0) > K:
+        sys.exit(f"{path}: class id {ids.max()} but classes.json has {K} classes; add the class or mend the mask")
+    return ids.astype(np.uint8)
+
+
+def read_captions(folder, name, classes, ids=None):
+    """Lines of captions/NAME.txt; where there are none, one composed from the classes of ids."""
+    path = Path(folder) / "captions" / f"{name}.txt"
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()] if path.exists() else []
+    lines = [line for line in lines if line]
+    if not lines and ids is not None:
+        announce(f"{folder}: no captions for some images; composed from their class names")
+        present = [classes[i - 1]["name"] for i in np.unique(ids) if i]
+        lines = ["a picture of " + (", ".join(present) or "nothing")]
+    return lines or [""]
+
+
+@functools.cache
+def announce(text):
+    print(text)
+
+
+class Pairs(torch.utils.data.Dataset):
+    """A pair folder for the generators. Item (index, seed) -> dict of tensors:
+
+    tokens (L,) long; time_ids (6,) SDXL's original size, crop corner and target size, (h, w) each, in pixels;
+    image (3, H, W) in [-1, 1] if images; codes (H, W) long if masks (outlined if edges and the data has instances).
+    size is (H, W): pictures are scaled to cover it (masks by nearest) and cropped at random. A mirror image is drawn
+    half of the time, unless the caption speaks of left or right.
+    """
+
+    def __init__(self, folder, size, tokenize, images=True, masks=True, edges=False, limit=None, augment=True):
+        self.folder, self.size, self.tokenize = Path(folder), size, tokenize
+        self.images, self.masks, self.edges, self.augment = images, masks, edges, augment
+        self.classes = read_classes(folder) if masks else []
+        self.names = names_of(folder, masks)[:limit]
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, key):
+        index, seed = key
+        path, name = self.names[index]
+        rng, K, out = np.random.default_rng(seed), len(self.classes), {}
+        image = open_image(path)
+        ids = read_ids(self.folder / "masks" / f"{name}.png", K, image.size) if self.masks else None
+        lines = read_captions(self.folder, name, self.classes, ids)
+        caption = lines[rng.integers(len(lines))] if self.augment else lines[0]
+        words = caption.lower().replace(",", " ").split()
+        mirror = self.augment and rng.random() < 0.5 and not {"left", "right"} & set(words)
+        fit, h, w = placed(image.size, self.size, rng if self.augment else None)
+        if self.images:
+            pixels = np.asarray(fit(image.convert("RGB"), Image.Resampling.BOX))
+            out["image"] = flipped(torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1, mirror)
+        if self.masks:
+            path = self.folder / "instances" / f"{name}.png"
+            if self.edges and path.exists():
+                ids = outlined(ids, np.array(open_image(path, "instance mask")), K)
+            codes = np.asarray(fit(Image.fromarray(ids), Image.Resampling.NEAREST))
+            out["codes"] = flipped(torch.from_numpy(codes.astype(np.int64)), mirror)
+        out["tokens"] = self.tokenize([caption])[0]
+        out["time_ids"] = torch.tensor([image.size[1], image.size[0], h, w, *self.size], dtype=torch.float32)
+        return out
+
+
+def placed(source, size, rng):
+    """Scales a picture of (W, H) `source` to cover (H, W) `size` and crops (random with rng, else the middle)
+    -> (the function (picture, resampling) -> picture, crop top, crop left)."""
+    scale = max(size[1] / source[0], size[0] / source[1])
+    w, h = max(round(source[0] * scale), size[1]), max(round(source[1] * scale), size[0])
+    at = [int(rng.integers(room + 1)) if rng else room // 2 for room in (h - size[0], w - size[1])]
+    box = (at[1], at[0], at[1] + size[1], at[0] + size[0])
+
+    def fit(picture, resampling):
+        picture = picture if picture.size == (w, h) else picture.resize((w, h), resampling)
+        return picture.crop(box)
+    return fit, *at
+
+
+def flipped(tensor, mirror):
+    return tensor.flip(-1) if mirror else tensor
+
+
+# ---------------------------------------------------------------------------------------------- the networks
+
+class TextToImage(nn.Module):
+    """A UNet, its text encoder and its schedule: caption -> picture in pixel space. The base of both generators.
+
+    unet, text, schedule: constructor arguments of UNet, TextEncoder, Schedule;  size: (H, W) it was trained at.
+    """
+
+    def __init__(self, unet, text, schedule, size):
+        super().__init__()
+        self.config = dict(unet=unet, text=text, schedule=schedule, size=list(size))
+        self.unet, self.text, self.schedule = UNet(**unet), TextEncoder(**text), Schedule(**schedule)
+
+    def embed(self, tokens):
+        """(B, L) tokens -> context (B, L, D), pooled (B, D). An empty caption is the null condition: zeros."""
+        keep = (tokens != 0).any(1, keepdim=True)                         # (B, 1)
+        context, pooled = self.text(torch.where(keep, tokens, 1))        # attention over no token at all would be NaN
+        return context * keep[..., None], pooled * keep
+
+    def forward(self, x, t, text, time_ids):
+        """x (B, 3, H, W) noised, t (B,), text (B, L) tokens or the (context, pooled) of prepare -> x0 (B, 3, H, W)."""
+        context, pooled = self.embed(text) if torch.is_tensor(text) else text
+        return self.unet(x, t, context, pooled, time_ids)
+
+    def prepare(self, captions, size, device):
+        """What stays the same over a sampling run: ((keys and values, pooled), time_ids)."""
+        context, pooled = self.embed(self.text.tokenize(captions).to(device))
+        time_ids = torch.tensor([[*size, 0, 0, *size]] * len(captions), dtype=torch.float32, device=device)
+        return (self.unet.project_text(context), pooled), time_ids
+
+    @torch.no_grad()
+    def draw(self, captions, seeds, steps, guidance, sampler, size=None, cond=(), null=(), decode=None):
+        """B captions and seeds -> x0 (B, 3, H, W). A sample depends on its own caption and seed alone."""
+        device, size = next(self.parameters()).device, size or self.config["size"]
+        streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        def randn(x=None):
+            return torch.stack([torch.randn(3, *size, generator=g) for g in streams]).to(device)
+        x0 = diffusion.denoiser(self, self.schedule, (*self.prepare(captions, size, device), *cond),
+                                (*self.prepare([""] * len(captions), size, device), *null), guidance, decode)
+        return diffusion.sample(x0, self.schedule, randn(), steps, sampler, randn)
+
+
+class Text2Mask(TextToImage):
+    """The same UNet with a logit per palette code and pixel. classes: [{"name", "isthing"}]; edges: codes have edges."""
+
+    def __init__(self, unet, text, schedule, size, classes, edges=False):
+        super().__init__(unet, text, schedule, size)
+        self.config.update(classes=classes, edges=edges)
+        colours = torch.from_numpy(palette(len(classes))).float() / 127.5 - 1
+        self.register_buffer("colours", colours, persistent=False)       # (K + 2, 3) in [-1, 1]
+
+    def paint(self, logits):
+        """(B, K + 2, H, W) logits -> the expected colour map (B, 3, H, W) in [-1, 1]."""
+        return torch.einsum("bkhw,kc->bchw", logits.softmax(1), self.colours)
+
+    def loss(self, net, batch, drop):
+        """Cross-entropy of the codes at a random noise level; a share `drop` of the captions is dropped."""
+        codes = batch["codes"]                                           # (B, H, W)
+        x0 = self.colours[codes].permute(0, 3, 1, 2)                     # (B, 3, H, W)
+        t = torch.randint(self.schedule.T, (len(codes),), device=codes.device)
+        x = self.schedule.noised(x0, torch.randn_like(x0), t)
+        tokens = batch["tokens"] * (torch.rand(len(codes), 1, device=codes.device) >= drop)
+        return F.cross_entropy(net(x, t, tokens, batch["time_ids"]).float(), codes)
+
+    def sample(self, captions, seeds, steps=25, guidance=2.0, sampler="dpm++", size=None):
+        """B captions and seeds -> (B, H, W) uint8 codes: the likeliest colour of the last step."""
+        last = []
+
+        def decode(logits):
+            last[:] = [logits]
+            return self.paint(logits)
+        self.draw(captions, seeds, steps, guidance, sampler, size, decode=decode)
+        return last[0].argmax(1).to(torch.uint8).cpu().numpy()
+
+
+def start_from(model, init):
+    """Copies a base's weights into a Text2Mask; only the last convolution, which is of another width, starts anew."""
+    config, state = diffusion.read(init, "TextToImage")
+    same = {**model.config["unet"], "out_channels": 0} == {**config["unet"], "out_channels": 0}
+    if not same or model.config["text"] != config["text"]:
+        sys.exit(f"{init}: the base has another architecture than this model; train one with `python mask2img.py base`")
+    own = model.state_dict()
+    fits = {name: t for name, t in state.items() if own[name].shape == t.shape}
+    model.load_state_dict({**own, **fits})
+    print(f"from {init}: {len(fits)} of {len(own)} tensors, {', '.join(sorted(set(own) - set(fits)))} anew")
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+def legend(image, ids, classes):
+    """A PIL picture with a strip beneath that names the colours of the classes in ids."""
+    present = [int(i) for i in np.unique(ids) if 0 < i <= len(classes)]
+    colours, width = palette(len(classes)), 110
+    columns = max(image.width // width, 1)
+    sheet = Image.new("RGB", (max(image.width, width), image.height + 6 + 18 * -(-len(present) // columns)), "white")
+    sheet.paste(image)
+    draw = ImageDraw.Draw(sheet)
+    for n, i in enumerate(present):
+        x, y = n % columns * width, image.height + 6 + n // columns * 18
+        draw.rectangle((x + 4, y + 1, x + 16, y + 13), fill=tuple(colours[i].tolist()), outline="black")
+        draw.text((x + 21, y + 2), classes[i - 1]["name"][:14], fill="black")
+    return sheet
+
+
+def grid(rows, scale=2):
+    """Rows of equal (H, W, 3) uint8 arrays -> one PIL picture, enlarged by nearest."""
+    sheet = Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in rows]))
+    return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
+
+
+def write_mask(path, ids, K):
+    """(H, W) uint8 ids -> an 8-bit palette PNG that opens as the colour map."""
+    image = Image.fromarray(ids)
+    image.putpalette(palette(K).ravel().tolist())
+    with replacing(path) as part:
+        image.save(part)
+
+
+# ------------------------------------------------------------------------------------------------------ CLI
+
+def parse_size(text):
+    """"64" or "96x72" (width x height) -> (H, W), multiples of 8."""
+    try:
+        w, h = (int(n) for n in (text.split("x") if "x" in text else (text, text)))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: 64 or 96x72 (width x height) is needed")
+    if min(w, h) < 8 or w % 8 or h % 8:
+        raise argparse.ArgumentTypeError(f"{text}: both sides must be multiples of 8")
+    return h, w
+
+
+def common_flags(parser, steps, batch, lr):
+    """The flags of every training command of the generators."""
+    parser.add_argument("--data", default="shapes", help="NAME (data/NAME) or a folder that holds train/ and val/")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: out/NAME/STAGE)")
+    parser.add_argument("--init", type=Path, help="base to start from: a folder of `mask2img.py base`")
+    parser.add_argument("--size", type=parse_size, default=(64, 64), help="64 or 96x72 (width x height)")
+    parser.add_argument("--limit", type=positive(int), help="use the first N training pairs only")
+    parser.add_argument("--steps", type=positive(int), default=steps, help="training steps")
+    parser.add_argument("--batch", type=positive(int), default=batch, help="samples a step and rank")
+    parser.add_argument("--accumulate", type=positive(int), default=1, help="batches a step")
+    parser.add_argument("--lr", type=positive(float), default=lr, help="peak learning rate")
+    parser.add_argument("--drop", type=float, default=0.1, help="share of conditions dropped for guidance")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, help="processes that load data")
+    parser.add_argument("--save-every", type=positive(int), default=500, help="steps between states to resume from")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--compile", action="store_true", help="torch.compile (for CUDA)")
+
+
+def name_of(data):
+    return Path(data).name
+
+
+def train(args):
+    folder = dataset_folder(args.data, "train")
+    classes = read_classes(folder)
+    config = dict(PRESETS["tiny"]["unet"], out_channels=len(classes) + 2)
+    torch.manual_seed(seed_of(args.seed, "weights"))
+    model = Text2Mask(config, PRESETS["tiny"]["text"], dict(kind="cosine", prediction="sample", spacing="trailing"),
+                      args.size, classes, args.edges)
+    if args.init:
+        start_from(model, args.init)
+    data = Pairs(folder, args.size, model.text.tokenize, images=False, edges=args.edges, limit=args.limit)
+    K = len(classes)
+
+    def picture(model, path):
+        captions = [read_captions(data.folder, name, classes)[0] for _, name in data.names[:24]]
+        codes = model.sample(captions, range(len(captions)))
+        truth = [palette(K)[data[(i, 0)]["codes"].numpy()] for i in range(len(captions))]
+        made = [palette(K)[c] for c in codes]
+        rows = [row for i in range(0, len(made) // 8 * 8, 8) for row in (truth[i:i + 8], made[i:i + 8])] or [truth, made]
+        legend(grid(rows), codes, classes).save(path)
+    diffusion.fit(model, lambda net, batch: model.loss(net, batch, args.drop), data,
+                  args.out or Path("out") / name_of(args.data) / "text2mask", steps=args.steps, batch=args.batch,
+                  lr=args.lr, seed=args.seed, device=args.device, accumulate=args.accumulate, compile=args.compile,
+                  workers=args.workers, save_every=args.save_every, picture=picture)
+
+
+def sample(args):
+    device, _, _ = diffusion.start(args.device)
+    model = diffusion.load(Text2Mask, args.init, device)
+    classes = model.config["classes"]
+    codes = model.sample([args.prompt], [seed_of(args.seed)], args.steps, args.guidance, args.sampler, args.size)[0]
+    ids, instances = segments(codes, [c["isthing"] for c in classes], args.min_region)
+    with diffusion.writable(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+    write_mask(args.out / "mask.png", ids, len(classes))
+    scale = max(1, 256 // ids.shape[0])
+    colours = encode(ids, len(classes))
+    for name, image in (("colours", Image.fromarray(colours)), ("legend", legend(grid([[colours]], scale), ids, classes))):
+        with replacing(args.out / f"{name}.png") as path:
+            image.save(path)
+    names = [classes[i - 1]["name"] for i in np.unique(ids) if i]
+    print(f"{args.out}: mask.png (ids), colours.png, legend.png; {', '.join(names)}; {instances.max()} instances")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Text2Mask: captions -> segmentation masks.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    defaults = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = commands.add_parser("train", help="train on the masks and captions of a pair folder", **defaults)
+    common_flags(p, steps=4000, batch=16, lr=1e-3)
+    p.add_argument("--edges", action="store_true", help="outline every segment, so that touching instances come apart")
+    p = commands.add_parser("sample", help="paint the mask of one caption", **defaults)
+    p.add_argument("--prompt", required=True, help="the caption")
+    p.add_argument("--init", type=Path, default=ROOT / "weights" / "shapes" / "text2mask", help="trained Text2Mask")
+    p.add_argument("--out", type=Path, default=Path("out/sample"), help="folder of the pictures")
+    p.add_argument("--size", type=parse_size, help="64 or 96x72 (default: the size it was trained at)")
+    p.add_argument("--steps", type=positive(int), default=25, help="sampling steps")
+    p.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance; 1 = none")
+    p.add_argument("--sampler", choices=("dpm++", "ddim", "euler", "edm"), default="dpm++")
+    p.add_argument("--min-region", type=positive(int), default=8, help="smaller regions go to their surroundings")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    {"train": train, "sample": sample}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()
