@@ -352,8 +352,8 @@ class Text2Mask(TextToImage):
 def start_from(model, init):
     """Copies a base's weights into a Text2Mask; only the last convolution, which is of another width, starts anew."""
     config, state = diffusion.read(init, "TextToImage")
-    same = {**model.config["unet"], "out_channels": 0} == {**config["unet"], "out_channels": 0}
-    if not same or model.config["text"] != config["text"]:
+    plain = [json.dumps(dict(c["unet"], out_channels=0, text=c["text"]), sort_keys=True) for c in (model.config, config)]
+    if plain[0] != plain[1]:                                             # as JSON: a checkpoint knows no tuples
         sys.exit(f"{init}: the base has another architecture than this model; train one with `python mask2img.py base`")
     own = model.state_dict()
     fits = {name: t for name, t in state.items() if own[name].shape == t.shape}

@@ -1,13 +1,14 @@
 """ADE20K scene parsing (SceneParsing150) in the official layout -> pair folders train and val.
 
-Masks are kept as they are: 0 is unlabelled and 1 to 150 are the classes of objectInfo150.txt. Where the instance
-challenge's annotations_instance lies beside them, its 100 classes are things and instances/ tells them apart.
-Captions are those of any captioner (--captions), or are composed from the scene's name and what is in the picture.
+Masks are kept as they are: 0 is unlabelled and 1 to 150 are the classes of objectInfo150.txt. Where the
+instance challenge's annotations_instance lies beside them, its 100 classes are things and instances/ tells them
+apart. Captions are any captioner's (--captions), or composed from the scene's name and what is in the picture.
 
-Differs: the semantic mask is never changed, so that mIoU is the benchmark's: an instance keeps only the pixels whose
-         class is its own, and pixels of a thing without an instance are its crowd (255), which nobody is scored on.
-Reads:   RAW/images/{training,validation}/*.jpg, RAW/annotations/{training,validation}/*.png, RAW/objectInfo150.txt;
-         RAW/annotations_instance/{training,validation}/*.png and RAW/sceneCategories.txt if there
+Differs: the semantic mask is never changed, so that mIoU is the benchmark's: an instance keeps only the pixels
+         whose class is its own, and pixels of a thing without an instance are a crowd (255): not scored.
+Reads:   RAW/images/{training,validation}/*.jpg, RAW/annotations/{training,validation}/*.png,
+         RAW/objectInfo150.txt; RAW/annotations_instance/{training,validation}/*.png and
+         RAW/sceneCategories.txt if there
 Writes:  OUT/{train,val}/{classes.json,images,masks,instances,captions}, by default beside this file
 Needs:   no sibling file
 Run:     python data/ade20k/prepare.py --root RAW/ADEChallengeData2016
@@ -29,10 +30,10 @@ from PIL import Image
 from tqdm import tqdm
 
 CLASSES, CROWD = 150, 255
-STUFF = (1, 2, 3, 4, 5, 6, 7, 10, 12, 14, 17, 18, 22, 26, 27, 29, 30, 35, 41, 47, 49, 52, 53, 55, 60, 61, 62, 64, 69,
-         78, 80, 85, 92, 95, 97, 100, 101, 102, 106, 107, 110, 114, 115, 118, 123, 129, 132, 141, 142, 146)
-THINGS = [k for k in range(1, CLASSES + 1) if k not in STUFF]      # n-th class of the instance challenge -> class id
-PLURAL = ("stairs", "food", "apparel", "plaything", "base", "glass")   # said without an article, or not at all
+STUFF = (1, 2, 3, 4, 5, 6, 7, 10, 12, 14, 17, 18, 22, 26, 27, 29, 30, 35, 41, 47, 49, 52, 53, 55, 60, 61, 62,
+         64, 69, 78, 80, 85, 92, 95, 97, 100, 101, 102, 106, 107, 110, 114, 115, 118, 123, 129, 132, 141, 142, 146)
+THINGS = [k for k in range(1, CLASSES + 1) if k not in STUFF]      # the instance challenge's classes in order
+UNCOUNTED = ("stairs", "food", "apparel")                          # said without an article
 SEEN = 0.004        # a class with a smaller share of the picture is not mentioned
 
 
@@ -68,12 +69,12 @@ def views(label, instance, classes):
     """
     mask = read(label)
     if mask.mode not in ("L", "P"):
-        raise ValueError(f"{label}: one channel of class ids was looked for, found {mask.mode} colours; take the"
-                         " annotations of SceneParsing150 (ADEChallengeData2016)")
+        raise ValueError(f"{label}: one channel of class ids was looked for, found {mask.mode} colours; take"
+                         " the annotations of SceneParsing150 (ADEChallengeData2016)")
     ids = np.asarray(mask)
     if ids.max() > CLASSES:
-        raise ValueError(f"{label}: class ids 0 to {CLASSES} were looked for, found {ids.max()}; take the annotations"
-                         " of SceneParsing150 (ADEChallengeData2016)")
+        raise ValueError(f"{label}: class ids 0 to {CLASSES} were looked for, found {ids.max()}; take the"
+                         " annotations of SceneParsing150 (ADEChallengeData2016)")
     if instance is None:
         return ids, None
     marked = read(instance)
@@ -82,8 +83,8 @@ def views(label, instance, classes):
                          f" {marked.size}; take annotations_instance of the same release")
     kinds, numbers = np.asarray(marked)[..., 0], np.asarray(marked)[..., 1]
     if kinds.max() > len(THINGS):
-        raise ValueError(f"{instance}: classes 0 to {len(THINGS)} in R were looked for, found {kinds.max()}; take"
-                         " annotations_instance of the same release")
+        raise ValueError(f"{instance}: classes 0 to {len(THINGS)} in R were looked for, found {kinds.max()};"
+                         " take annotations_instance of the same release")
     own = (numbers > 0) & (np.array([0] + THINGS)[kinds] == ids)
     found, where = np.unique(np.where(own, numbers, 0), return_inverse=True)
     order = np.minimum(np.arange(1, len(found) + 1), CROWD) - (found[0] == 0)       # 1, 2, ... and 0 for none
@@ -99,18 +100,19 @@ def listed(words):
 
 def one(name, k):
     """A class as people say it: things with an article ("an armchair"), stuff without ("grass")."""
-    return name if k in STUFF or name in PLURAL else ("an " if name[0] in "aeiou" else "a ") + name
+    return name if k in STUFF or name in UNCOUNTED else ("an " if name[0] in "aeiou" else "a ") + name
 
 
 def composed(name, scene, ids, classes):
-    """Two captions of (H, W) class ids: the scene with all its large classes, and with one to three of them."""
+    """Two captions of (H, W) class ids: the scene with its large classes, and with one to three of them."""
     size = np.bincount(ids.ravel(), minlength=CLASSES + 1)
     words = [one(classes[k - 1]["name"], k) for k in np.argsort(-size, kind="stable").tolist()
              if k and size[k] >= SEEN * ids.size]
     place = scene.replace("_", " ") if scene not in ("", "misc", "outliers") else "scene"
     place = ("an " if place[0] in "aeiou" else "a ") + place
     rng = random.Random(name)
-    return [place + (f" with {listed(few)}" if few else "") for few in (words[:8], words[:rng.choice((1, 2, 3))])]
+    few = words[:rng.choice((1, 2, 3))]
+    return [place + (f" with {listed(some)}" if some else "") for some in (words[:8], few)]
 
 
 def caption_rows(data):
@@ -124,8 +126,8 @@ def caption_rows(data):
 def caption_file(path):
     """A captioner's file -> {image name without ending: [captions]}.
 
-    JSON or JSONL of {name: caption or captions}, or of {"file_name" | "image" | "name" | "id": name, "caption" |
-    "captions" | "text": ...}.
+    JSON or JSONL of {name: caption or captions}, or of entries with the name under "file_name", "image", "name"
+    or "id" and what is said under "caption", "captions" or "text".
     """
     captions = defaultdict(list)
     try:
@@ -142,8 +144,8 @@ def caption_file(path):
     except (OSError, ValueError, TypeError, AttributeError) as error:
         captions = error
     if not captions or isinstance(captions, Exception):
-        sys.exit(f"{path}: JSON or JSONL of image name -> caption was looked for, found {captions or 'none'!r}; write"
-                 ' {"NAME.jpg": "a caption", ...}')
+        sys.exit(f"{path}: JSON or JSONL of image name -> caption was looked for, found {captions or 'none'!r};"
+                 ' write {"NAME.jpg": "a caption", ...}')
     return captions
 
 
@@ -190,18 +192,19 @@ def same_size(source, target, shorter):
 
 
 def made(job, classes, shorter):
-    """One (image path, mask path, instance path or None, scene, lines, folder) -> {kind: image} and lines to write."""
+    """A job (image path, mask path, instance path or None, scene, lines, folder) -> image, {kind: view}, lines."""
     source, label, instance, scene, lines, _ = job
     image = read(source, cheap=not shorter)
     ids, instances = views(label, instance, classes)
     size, stem = image.info["size"], os.path.splitext(os.path.basename(source))[0]
     if size != ids.shape[::-1]:
-        raise ValueError(f"{label}: width, height {size} of its image was looked for, found {ids.shape[::-1]}; take"
-                         " both from the same release")
+        raise ValueError(f"{label}: width, height {size} of its image was looked for, found"
+                         f" {ids.shape[::-1]}; take both from the same release")
     if shorter:
         image = image.convert("RGB").resize(shrunk(size, shorter), Image.LANCZOS)
     kinds = {"instances": instances, "masks": ids} if instances is not None else {"masks": ids}
-    kinds = {kind: Image.fromarray(v).resize(shrunk(size, shorter), Image.NEAREST) for kind, v in kinds.items()}
+    size = shrunk(size, shorter)
+    kinds = {kind: Image.fromarray(view).resize(size, Image.NEAREST) for kind, view in kinds.items()}
     kinds["masks"].putpalette(palette(CLASSES))
     return image, kinds, lines or composed(stem, scene, ids, classes)
 
@@ -209,12 +212,12 @@ def made(job, classes, shorter):
 def pair(job, classes, shorter):
     """One job of made() -> its files in the folder, the image last. Returns a list of one-line errors.
 
-    classes: the content of classes.json; shorter: the length to resize the shorter side to, or None to link the
-    image. Of a pair in place only the captions are renewed.
+    classes: the content of classes.json; shorter: the length to resize the shorter side to, or None to link
+    the image. Of a pair in place only the captions are renewed.
     """
     source, _, _, _, lines, folder = job
     stem, ending = os.path.splitext(os.path.basename(source))
-    target, text = (os.path.join(folder, *path) for path in (("images", stem + ending), ("captions", stem + ".txt")))
+    target, text = (os.path.join(folder, *end) for end in (("images", stem + ending), ("captions", stem + ".txt")))
     try:
         whole = os.path.exists(target)
         if whole and same_size(source, target, shorter):
@@ -235,11 +238,12 @@ def pair(job, classes, shorter):
 
 
 def names_in(folder, ending):
-    """-> {name: path} of a folder's files with this ending; ends the program where there is no such folder."""
+    """-> {name: path} of a folder's files with this ending; ends the program where there is none."""
     if not os.path.isdir(folder):
         sys.exit(f"{folder}: a folder of {ending} files was looked for, found none; give as --root the folder"
                  " ADEChallengeData2016, which holds images, annotations and objectInfo150.txt")
-    return {f[:-len(ending)]: os.path.join(folder, f) for f in sorted(os.listdir(folder)) if f.endswith(ending)}
+    files = sorted(f for f in os.listdir(folder) if f.endswith(ending))
+    return {f[:-len(ending)]: os.path.join(folder, f) for f in files}
 
 
 def raw_classes(root):
@@ -252,8 +256,8 @@ def raw_classes(root):
         classes = [{"name": row[-1].split(",")[0].strip(), "isthing": instances and int(row[0]) in THINGS,
                     "source_id": int(row[0])} for row in rows]
     except (OSError, ValueError) as error:
-        sys.exit(f"{path}: the list of {CLASSES} classes was looked for, found none ({error}); give as --root the"
-                 " folder ADEChallengeData2016")
+        sys.exit(f"{path}: the list of {CLASSES} classes was looked for, found none ({error}); give as --root"
+                 " the folder ADEChallengeData2016")
     if [c["source_id"] for c in classes] != list(range(1, CLASSES + 1)):
         sys.exit(f"{path}: classes 1 to {CLASSES} were looked for, found {len(classes)}; unpack it again")
     return classes
@@ -268,8 +272,8 @@ def raw_split(root, part, captions):
     for kind, found in others.items():
         for lost in sorted(images.keys() ^ found.keys())[:1]:
             has, lacks = ("images", kind) if lost in images else (kind, "images")
-            sys.exit(f"{root}/{lacks}/{part}: {lost} was looked for, as {has} holds it, found none ({len(images)}"
-                     f" images, {len(found)} {kind}); add it or delete the other")
+            sys.exit(f"{root}/{lacks}/{part}: {lost} was looked for, as {has} holds it, found none"
+                     f" ({len(images)} images, {len(found)} {kind}); add it or delete the other")
     if not images:
         sys.exit(f"{root}/images/{part}: JPEG images were looked for, found none; unpack ADE20K again")
     scenes, path = {}, os.path.join(root, "sceneCategories.txt")
@@ -278,7 +282,7 @@ def raw_split(root, part, captions):
             scenes = dict(line.split(maxsplit=1) for line in file.read().splitlines() if " " in line)
     composed = sum(not captions.get(name) for name in images)
     if composed:
-        print(f"{part}: {composed} of {len(images)} images have no caption; theirs are composed from the class names")
+        print(f"{part}: {composed} of {len(images)} images without a caption: theirs are composed from class names")
     return [(path, others["annotations"][name], others.get("annotations_instance", {}).get(name),
              scenes.get(name, "").strip(), captions.get(name, [])) for name, path in images.items()]
 
@@ -299,11 +303,11 @@ def open_folder(folder, classes):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="ADE20K SceneParsing150 (official layout) -> pair folders train, val")
+    parser = argparse.ArgumentParser(description="ADE20K SceneParsing150 -> pair folders train, val")
     parser.add_argument("--root", required=True, help="the folder ADEChallengeData2016")
     parser.add_argument("--out", default=os.path.dirname(os.path.abspath(__file__)), help="(%(default)s)")
     parser.add_argument("--captions", help="JSON or JSONL of image name -> caption(s)")
-    parser.add_argument("--size", type=int, metavar="N", help="resize the shorter side (default: link images)")
+    parser.add_argument("--size", type=int, metavar="N", help="resize shorter side (default: link images)")
     args = parser.parse_args()
     if args.size is not None and args.size < 1:
         sys.exit(f"--size: a positive number was looked for, found {args.size}")

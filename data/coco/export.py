@@ -1,10 +1,10 @@
 """A pair folder (real, synthetic or predicted) -> COCO's panoptic JSON + PNG and instance JSON.
 
-A (class, instance) pair is a segment, and its id is class + 256 instance: R of the PNG is the class, G the instance.
-Stuff is one segment a class; instance 255 is a crowd. What was made by prepare.py comes out as it went in.
+A (class, instance) pair is a segment, its id is class + 256 instance: R of the PNG is the class, G the
+instance. Stuff is one segment a class; instance 255 is a crowd. What prepare.py read comes out as it went in.
 
-Differs: results.json, for pycocotools' loadRes, has the score 1 for every thing: a pair folder holds no scores.
-         An image whose name is no number keeps its name as its id; a thing without an instance is one segment.
+Differs: results.json, for pycocotools' loadRes, gives each thing the score 1: a pair folder holds no scores.
+         An image whose name is no number has its name as id; a thing without an instance is one segment.
 Reads:   FOLDER/{classes.json,masks} and, if there, FOLDER/{images,instances}
 Writes:  OUT/{panoptic.json,panoptic/*.png,instances.json,results.json}, OUT = FOLDER/coco by default
 Needs:   no sibling file
@@ -34,7 +34,7 @@ def read(path):
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: a whole picture was looked for, found none ({error}); make it again")
     if image.mode not in ("L", "P"):
-        raise ValueError(f"{path}: one channel of ids was looked for, found {image.mode} colours; save the ids")
+        raise ValueError(f"{path}: one channel of ids was looked for, found {image.mode} colours; save ids")
     return np.asarray(image)
 
 
@@ -69,7 +69,7 @@ def regions(codes, info, classes):
 
 
 def export(name, folder, out, classes):
-    """Write out/panoptic/NAME.png -> ((width, height), segments_info, instance annotations), or an error line."""
+    """Write out/panoptic/NAME.png -> (width, height), segments_info, instance annotations; or an error line."""
     mask, instance = (os.path.join(folder, kind, name + ".png") for kind in ("masks", "instances"))
     path = os.path.join(out, "panoptic", name + ".png")
     try:
@@ -82,7 +82,7 @@ def export(name, folder, out, classes):
             raise ValueError(f"{mask}: ids up to the {len(classes)} of classes.json were looked for, found"
                              f" {ids.max()}; make the mask again or complete classes.json")
         codes, info = segments(ids, instances, classes)
-        colours = np.stack([codes % 256, codes // 256, np.zeros_like(codes)], -1)    # id = R + 256 G + 65536 B
+        colours = np.stack([codes % 256, codes // 256, np.zeros_like(codes)], -1)   # R + 256 G + 65536 B
         Image.fromarray(colours.astype(np.uint8)).save(path + ".part", format="PNG")
         os.replace(path + ".part", path)
         return ids.shape[::-1], info, list(regions(codes, info, classes))
@@ -94,7 +94,8 @@ def export(name, folder, out, classes):
 
 def files(folder):
     """-> {name: file name} of a folder's pictures; nothing where there is no such folder."""
-    return {os.path.splitext(f)[0]: f for f in sorted(os.listdir(folder)) if f[0] != "."} if os.path.isdir(folder) else {}
+    found = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return {os.path.splitext(f)[0]: f for f in found if not f.startswith(".")}
 
 
 def open_folder(folder):
@@ -106,16 +107,17 @@ def open_folder(folder):
         assert all(isinstance(c["name"], str) for c in classes)
         classes = [{"isthing": False, **c} for c in classes]
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        sys.exit(f"{path}: a list of {{\"name\", \"isthing\", \"source_id\"}} was looked for, found none ({error!r});"
-                 " give a pair folder such as data/coco/val")
-    images, masks, instances = (files(os.path.join(folder, kind)) for kind in ("images", "masks", "instances"))
+        sys.exit(f"{path}: a list of {{\"name\", \"isthing\", \"source_id\"}} was looked for, found none"
+                 f" ({error!r}); give a pair folder such as data/coco/val")
+    images, masks, instances = (files(os.path.join(folder, k)) for k in ("images", "masks", "instances"))
     if not masks:
-        sys.exit(f"{folder}/masks: PNG files were looked for, found none; give a pair folder such as data/coco/val")
+        sys.exit(f"{folder}/masks: PNG files were looked for, found none; give a pair folder such as"
+                 " data/coco/val")
     for kind, found in (("images", images), ("instances", instances)):
         for lost in sorted(found.keys() ^ masks.keys())[:1] if found else []:
             has, lacks = (kind, "masks") if lost in found else ("masks", kind)
-            sys.exit(f"{folder}/{lacks}: {lost} was looked for, as {has} holds it, found none; add it or delete it"
-                     " from the other")
+            sys.exit(f"{folder}/{lacks}: {lost} was looked for, as {has} holds it, found none; add it or"
+                     " delete it from the other")
     return classes, {name: images.get(name, name + ".jpg") for name in masks}
 
 
@@ -135,19 +137,19 @@ def write_all(out, classes, names, found):
         image_id = int(name) if numbers else name
         images.append({"id": image_id, "file_name": file, "width": width, "height": height})
         panoptic.append({"image_id": image_id, "file_name": name + ".png", "segments_info": info})
-        instances += [{"id": len(instances) + n, "image_id": image_id, **one} for n, one in enumerate(things, 1)]
+        instances += [{"id": n, "image_id": image_id, **one} for n, one in enumerate(things, len(instances) + 1)]
     shared = {"info": {"description": "pair folder"}, "licenses": [], "images": images}
+    things = [c for c in categories if c["isthing"]]
+    keys = ("image_id", "category_id", "bbox", "segmentation")
+    results = [{**{key: one[key] for key in keys}, "score": 1.0} for one in instances if not one["iscrowd"]]
     write_json({**shared, "annotations": panoptic, "categories": categories}, os.path.join(out, "panoptic.json"))
-    write_json({**shared, "annotations": instances, "categories": [c for c in categories if c["isthing"]]},
-               os.path.join(out, "instances.json"))
-    write_json([{"image_id": one["image_id"], "category_id": one["category_id"], "bbox": one["bbox"],
-                 "segmentation": one["segmentation"], "score": 1.0} for one in instances if not one["iscrowd"]],
-               os.path.join(out, "results.json"))
+    write_json({**shared, "annotations": instances, "categories": things}, os.path.join(out, "instances.json"))
+    write_json(results, os.path.join(out, "results.json"))
     return sum(len(one["segments_info"]) for one in panoptic), len(instances)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="pair folder -> COCO's panoptic JSON + PNG and instance JSON")
+    parser = argparse.ArgumentParser(description="pair folder -> COCO's panoptic and instance formats")
     parser.add_argument("folder", help="pair folder: classes.json, masks, instances and images if there")
     parser.add_argument("--out", help="folder to write (default: FOLDER/coco)")
     args = parser.parse_args()

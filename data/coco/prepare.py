@@ -1,13 +1,13 @@
 """COCO panoptic (annotations + PNG) in the official layout -> pair folders train and val.
 
-One folder serves all tasks: masks/ holds the semantic view (the 133 categories, whose ids have holes, as 1 to 133),
-instances/ tells the things apart, and a (class, instance) pair is a panoptic segment. A crowd is instance 255.
+One folder serves all tasks: masks/ holds the semantic view (the 133 categories, whose ids have holes, as 1 to
+133), instances/ tells the things apart, and a (class, instance) pair is a segment. A crowd is instance 255.
 Captions are COCO's own, or those of any captioner (--captions), or are composed from what is in the picture.
 
-Differs: things are numbered over the whole image; where more than 254 are in it, within each class, and beyond
-         254 of one class the smallest join its crowd.
-Reads:   RAW/{train2017,val2017}/*.jpg, RAW/annotations/panoptic_{train2017,val2017}.json, their PNG files in a folder
-         of the same name in RAW/annotations or RAW, RAW/annotations/captions_{train2017,val2017}.json if there
+Differs: things are numbered over the whole image; where more than 254 are in it, within each class, and
+         beyond 254 of one class the smallest join its crowd.
+Reads:   RAW/{train2017,val2017}/*.jpg, RAW/annotations/panoptic_{train2017,val2017}.json, their PNG files in a
+         folder of the same name in RAW/annotations or RAW; RAW/annotations/captions_*.json if there
 Writes:  OUT/{train,val}/{classes.json,images,masks,instances,captions}, by default beside this file
 Needs:   no sibling file
 Run:     python data/coco/prepare.py --root RAW
@@ -74,16 +74,16 @@ def load_json(path):
 def views(colours, segments, class_of, path):
     """(H, W, 3) panoptic colours and their segments -> (H, W) uint8 class ids and (H, W) uint8 instances.
 
-    segments: COCO's segments_info, {"id", "category_id", "iscrowd"} each; class_of: category id -> (class id, isthing).
-    Every pixel of a segment gets its class. Stuff has instance 0, a thing 1 to 254, a crowd 255.
+    segments: COCO's segments_info, {"id", "category_id", "iscrowd"} each; class_of: category id -> (class id,
+    isthing). Every pixel of a segment gets its class. Stuff has instance 0, a thing 1 to 254, a crowd 255.
     """
     ids = colours.astype(np.int32) @ np.array([1, 256, 256 ** 2], np.int32)
     found, where, areas = np.unique(ids, return_inverse=True, return_counts=True)
     info = {segment["id"]: segment for segment in segments}
     for lost, place in ((set(found) - {0} - set(info), "its JSON"), (set(info) - set(found), "the PNG")):
         if lost:
-            raise ValueError(f"{path}: the same segments in PNG and JSON were looked for, found {len(lost)} (id"
-                             f" {min(lost)}, ...) not in {place}; take both from the same release")
+            raise ValueError(f"{path}: the same segments in PNG and JSON were looked for, found {len(lost)}"
+                             f" (id {min(lost)}, ...) not in {place}; take both from the same release")
     kinds = {segment["id"]: class_of[segment["category_id"]] for segment in segments}
     things = [int(i) for i in found[np.argsort(-areas, kind="stable")]
               if i and kinds[i][1] and not info[i].get("iscrowd")]                   # largest first
@@ -146,8 +146,9 @@ def caption_rows(data):
 def caption_file(path):
     """A captioner's file -> {image name without ending: [captions]}.
 
-    JSON or JSONL of {name: caption or captions}, or of {"file_name" | "image" | "name" | "image_id": name, "caption" |
-    "captions" | "text": ...}; COCO's own {"annotations": [...]} too. A bare number is padded to COCO's 12 digits.
+    JSON or JSONL of {name: caption or captions}, or of entries with the name under "file_name", "image", "name"
+    or "image_id" and what is said under "caption", "captions" or "text". COCO's own captions are read too, and
+    a bare number is padded to COCO's 12 digits.
     """
     captions = defaultdict(list)
     try:
@@ -164,8 +165,8 @@ def caption_file(path):
     except (OSError, ValueError, TypeError, AttributeError) as error:
         captions = error
     if not captions or isinstance(captions, Exception):
-        sys.exit(f"{path}: JSON or JSONL of image name -> caption was looked for, found {captions or 'none'!r}; write"
-                 ' {"NAME.jpg": "a caption", ...}')
+        sys.exit(f"{path}: JSON or JSONL of image name -> caption was looked for, found {captions or 'none'!r};"
+                 ' write {"NAME.jpg": "a caption", ...}')
     return captions
 
 
@@ -212,38 +213,39 @@ def same_size(source, target, shorter):
 
 
 def made(job, classes, shorter):
-    """One (image path, PNG path, segments, caption lines, folder) -> (image, ids, instances, lines) to be written."""
+    """A job (image path, PNG path, segments, caption lines, folder) -> image, ids, instances, caption lines."""
     source, label, segments, lines, _ = job
     image, mask = read(source, cheap=not shorter), read(label)
     size = image.info["size"]
     if size != mask.size:
-        raise ValueError(f"{label}: width, height {size} of its image was looked for, found {mask.size}; take both"
-                         " from the same release")
+        raise ValueError(f"{label}: width, height {size} of its image was looked for, found {mask.size}; take"
+                         " both from the same release")
     if mask.mode not in ("RGB", "RGBA"):
         raise ValueError(f"{label}: panoptic colours (id = R + 256 G + 65536 B) were looked for, found mode"
                          f" {mask.mode}; take the PNG files of COCO's panoptic annotations")
     class_of = {c["source_id"]: (i + 1, c["isthing"]) for i, c in enumerate(classes)}
     strange = {segment["category_id"] for segment in segments} - set(class_of)
     if strange:
-        raise ValueError(f"{label}: categories of its JSON were looked for, found id {min(strange)}; take JSON and"
-                         " PNG files from the same release")
+        raise ValueError(f"{label}: categories of its JSON were looked for, found id {min(strange)}; take JSON"
+                         " and PNG files from the same release")
     ids, instances = views(np.asarray(mask)[..., :3], segments, class_of, label)
     stem = os.path.splitext(os.path.basename(source))[0]
     lines = lines or composed(stem, ids, instances, classes)
     if shorter:
         image = image.convert("RGB").resize(shrunk(size, shorter), Image.LANCZOS)
-    return image, *(Image.fromarray(v).resize(shrunk(size, shorter), Image.NEAREST) for v in (ids, instances)), lines
+    ids, instances = (Image.fromarray(v).resize(shrunk(size, shorter), Image.NEAREST) for v in (ids, instances))
+    return image, ids, instances, lines
 
 
 def pair(job, classes, shorter):
     """One job of made() -> its files in the folder, the image last. Returns a list of one-line errors.
 
-    classes: the content of classes.json; shorter: the length to resize the shorter side to, or None to link the
-    image. Of a pair in place only the captions are renewed.
+    classes: the content of classes.json; shorter: the length to resize the shorter side to, or None to link
+    the image. Of a pair in place only the captions are renewed.
     """
     source, _, _, lines, folder = job
     stem, ending = os.path.splitext(os.path.basename(source))
-    target, text = (os.path.join(folder, *path) for path in (("images", stem + ending), ("captions", stem + ".txt")))
+    target, text = (os.path.join(folder, *end) for end in (("images", stem + ending), ("captions", stem + ".txt")))
     try:
         whole = os.path.exists(target)
         if whole and same_size(source, target, shorter):
@@ -268,16 +270,17 @@ def folder_of(*places):
     for place in places:
         if os.path.isdir(place):
             return place
-    sys.exit(f"{places[0]}: a folder was looked for here or at {' or '.join(places[1:])}, found none; unpack the"
-             " images and the panoptic annotations (both archives) of COCO there")
+    sys.exit(f"{places[0]}: a folder was looked for here or at {' or '.join(places[1:])}, found none; unpack"
+             " the images and the panoptic annotations (both archives) of COCO there")
 
 
 def raw_split(root, path, captions):
-    """A panoptic JSON file -> (classes, [(image path, PNG path, segments, caption lines)]); ends on what is missing."""
+    """A panoptic JSON file -> (classes, [(image path, PNG path, segments, caption lines)])."""
     year = os.path.basename(path)[len("panoptic_"):-len(".json")]
     data = load_json(path)
-    if not isinstance(data, dict) or not all(data.get(key) for key in ("images", "annotations", "categories")):
-        sys.exit(f"{path}: images, annotations and categories were looked for, found {list(data)[:5]}; take the"
+    keys = [key for key, value in data.items() if value] if isinstance(data, dict) else []
+    if not {"images", "annotations", "categories"} <= set(keys):
+        sys.exit(f"{path}: images, annotations and categories were looked for, found {keys}; take the"
                  " panoptic annotations of COCO")
     pngs = folder_of(path[:-len(".json")], os.path.join(root, f"panoptic_{year}"))
     photos = folder_of(os.path.join(root, year), os.path.join(root, "images", year))
@@ -289,8 +292,8 @@ def raw_split(root, path, captions):
     for wanted, folder in ((set(names.values()), photos), ({m["file_name"] for m in marked.values()}, pngs)):
         lost = sorted(wanted - set(os.listdir(folder)))
         if lost:
-            sys.exit(f"{folder}: {len(wanted)} files of {path} were looked for, {len(lost)} not found ({lost[0]}, ...);"
-                     " unpack them again")
+            sys.exit(f"{folder}: {len(wanted)} files named in {path} were looked for, {len(lost)} not found"
+                     f" ({lost[0]}, ...); unpack them again")
     classes = [{"name": c["name"], "isthing": bool(c["isthing"]), "source_id": c["id"]}
                for c in sorted(data["categories"], key=lambda c: c["id"])]
     official = os.path.join(root, "annotations", f"captions_{year}.json")
@@ -298,7 +301,7 @@ def raw_split(root, path, captions):
     lines = {i: said.get(os.path.splitext(name)[0], []) for i, name in names.items()}
     composed = sum(not found for found in lines.values())
     if composed:
-        print(f"{year}: {composed} of {len(names)} images have no caption; theirs are composed from the class names")
+        print(f"{year}: {composed} of {len(names)} images without a caption: theirs are composed from class names")
     return classes, [(os.path.join(photos, names[i]), os.path.join(pngs, marked[i]["file_name"]),
                       marked[i]["segments_info"], lines[i]) for i in sorted(names)]
 
@@ -322,18 +325,19 @@ def main():
     parser = argparse.ArgumentParser(description="COCO panoptic (official layout) -> pair folders train, val")
     parser.add_argument("--root", required=True, help="the folder that holds annotations, train2017, val2017")
     parser.add_argument("--out", default=os.path.dirname(os.path.abspath(__file__)), help="(%(default)s)")
-    parser.add_argument("--captions", help="JSON or JSONL of image name -> caption(s), in the place of COCO's")
-    parser.add_argument("--size", type=int, metavar="N", help="resize the shorter side (default: link images)")
+    parser.add_argument("--captions", help="JSON or JSONL: image name -> caption(s), not COCO's")
+    parser.add_argument("--size", type=int, metavar="N", help="resize shorter side (default: link images)")
     args = parser.parse_args()
     if args.size is not None and args.size < 1:
         sys.exit(f"--size: a positive number was looked for, found {args.size}")
     looked = os.path.join(args.root, "annotations", "panoptic_*.json")
     files = [f for f in sorted(glob.glob(looked)) if re.search(r"panoptic_(train|val)\d*\.json$", f)]
     if not files:
-        sys.exit(f"{looked}: panoptic_train2017.json or panoptic_val2017.json was looked for, found none; give as"
-                 " --root the folder that holds COCO's annotations, train2017 and val2017")
+        sys.exit(f"{looked}: panoptic_train2017.json or panoptic_val2017.json was looked for, found none; give"
+                 " as --root the folder that holds COCO's annotations, train2017 and val2017")
     captions = caption_file(args.captions) if args.captions else {}
-    splits = {re.search("train|val", os.path.basename(f))[0]: raw_split(args.root, f, captions) for f in files}
+    names = [re.search("train|val", os.path.basename(file))[0] for file in files]
+    splits = {name: raw_split(args.root, file, captions) for name, file in zip(names, files)}
     classes = next(iter(splits.values()))[0]
     if any(other != classes for other, _ in splits.values()):
         sys.exit(f"{looked}: the same categories in each were looked for, found others; take one release")
