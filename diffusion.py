@@ -15,7 +15,6 @@ Dimension key: B batch, C channels, H W pixels.
 """
 import argparse
 import contextlib
-import copy
 import hashlib
 import json
 import math
@@ -438,12 +437,21 @@ def replacing(path):
             part.unlink(missing_ok=True)
 
 
-def save(model, folder, half=False):
+def save(model, folder):
     """Writes FOLDER/model.safetensors: the weights, and the constructor arguments as JSON in its metadata."""
     state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    if half:
-        state = {name: t.half() if t.is_floating_point() else t for name, t in state.items()}
-    metadata = dict(format=FORMAT, **{"class": type(model).__name__, "config": json.dumps(model.config)})
+    write_tensors(state, dict(format=FORMAT, **{"class": type(model).__name__, "config": json.dumps(model.config)}), folder)
+
+
+def halve(source, folder):
+    """Writes a checkpoint of ours again with 16-bit floats, half as large: FOLDER/model.safetensors."""
+    with safe_open(Path(source) / "model.safetensors", "pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata()
+    write_tensors({name: t.half() if t.is_floating_point() else t for name, t in state.items()}, metadata, folder)
+
+
+def write_tensors(state, metadata, folder):
     with writable(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
     with replacing(Path(folder) / "model.safetensors") as path:
@@ -536,7 +544,10 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out/toy"), help="folder of the results")
     parser.add_argument("--steps", type=positive(int), default=800, help="training steps")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--halve", nargs=2, metavar=("FROM", "TO"), help="only write the checkpoint of folder FROM to TO in fp16")
     args = parser.parse_args()
+    if args.halve:
+        return halve(*args.halve)
     schedule = Schedule("cosine", "v_prediction", "trailing")
     torch.manual_seed(args.seed)
 

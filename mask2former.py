@@ -756,10 +756,8 @@ def load(path, task=None):
     else:
         config, tensors = public_config(file, tensors), renamed(tensors)
     config["task"] = task or config.get("task", "panoptic")
-    with torch.device("meta"):
-        model = Mask2Former(**config)
+    model = Mask2Former(**config)
     check_keys(file, model.state_dict(), tensors)
-    model = Mask2Former(**config) if any(b.is_meta for b in model.buffers()) else model
     model.load_state_dict({k: v.float() for k, v in tensors.items()})
     return model.eval()
 
@@ -854,7 +852,7 @@ RENAMES = [(re.compile(pattern), new) for pattern, new in [              # trans
     (r"^class_predictor", "decoder.classes"),
 ]]
 # constants that the model computes itself, and a norm that transformers stores but never applies
-UNUSED = re.compile(r"relative_position_index$|^criterion\.empty_weight$|encoder\.swin\.layernorm\.(weight|bias)$")
+UNUSED = re.compile(r"relative_position_index$|^criterion\.empty_weight$|encoder\.(swin\.)?layernorm\.(weight|bias)$")
 
 
 def renamed(tensors):

@@ -20,13 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 import diffusion
 from diffusion import positive, replacing, seed_of
-from text2mask import (ROOT, Pairs, TextToImage, common_flags, dataset_folder, encode, grid, name_of, open_image, palette,
-                       parse_size, read_captions, read_classes, read_ids)
+from text2mask import (ROOT, Pairs, TextToImage, common_flags, dataset_folder, encode, grid, name_of, palette, read_captions,
+                       read_classes, read_ids)
 from unet import PRESETS, ControlNet
 
 SCHEDULE = dict(kind="cosine", prediction="sample", spacing="trailing")

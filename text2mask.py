@@ -17,6 +17,7 @@ Dimension key: B batch, C channels, H W pixels, L caption tokens, D width, K cla
 import argparse
 import functools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import nn
+from tqdm import tqdm
 
 import diffusion
 from diffusion import Schedule, positive, replacing, seed_of
@@ -338,15 +340,17 @@ class Text2Mask(TextToImage):
         tokens = batch["tokens"] * (torch.rand(len(codes), 1, device=codes.device) >= drop)
         return F.cross_entropy(net(x, t, tokens, batch["time_ids"]).float(), codes)
 
-    def sample(self, captions, seeds, steps=25, guidance=2.0, sampler="dpm++", size=None):
-        """B captions and seeds -> (B, H, W) uint8 codes: the likeliest colour of the last step."""
+    def sample(self, captions, seeds, steps=25, guidance=2.0, sampler="dpm++", size=None, maps=False):
+        """B captions and seeds -> (B, H, W) uint8 codes: the likeliest colour of the last step; with maps also the
+        colour maps (B, H, W, 3) float in [0, 255] that they are read from."""
         last = []
 
         def decode(logits):
             last[:] = [logits]
             return self.paint(logits)
-        self.draw(captions, seeds, steps, guidance, sampler, size, decode=decode)
-        return last[0].argmax(1).to(torch.uint8).cpu().numpy()
+        x0 = self.draw(captions, seeds, steps, guidance, sampler, size, decode=decode)
+        codes = last[0].argmax(1).to(torch.uint8).cpu().numpy()
+        return (codes, (x0.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5) if maps else codes
 
 
 def start_from(model, init):
@@ -424,6 +428,15 @@ def common_flags(parser, steps, batch, lr):
     parser.add_argument("--compile", action="store_true", help="torch.compile (for CUDA)")
 
 
+def sampling_flags(parser):
+    parser.add_argument("--init", type=Path, default=ROOT / "weights" / "shapes" / "text2mask", help="trained Text2Mask")
+    parser.add_argument("--steps", type=positive(int), default=25, help="sampling steps")
+    parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance; 1 = none")
+    parser.add_argument("--sampler", choices=("dpm++", "ddim", "euler", "edm"), default="dpm++")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+
+
 def name_of(data):
     return Path(data).name
 
@@ -471,6 +484,47 @@ def sample(args):
     print(f"{args.out}: mask.png (ids), colours.png, legend.png; {', '.join(names)}; {instances.max()} instances")
 
 
+def named(caption, words):
+    """A caption and {class: [words]} -> the set of classes that it names."""
+    said = set(re.findall("[a-z]+", caption.lower()))
+    return {name for name, forms in words.items() if said & set(forms)}
+
+
+def specks(ids, under=8):
+    """Share of the pixels of (H, W) ids in 4-connected regions under that many pixels."""
+    size = np.bincount(components(ids).ravel())
+    return size[(size > 0) & (size < under)].sum() / ids.size
+
+
+def measure(args):
+    """Samples the masks of a split's first captions and prints how clean they are and how well they obey."""
+    device, _, _ = diffusion.start(args.device)
+    model, folder = diffusion.load(Text2Mask, args.init, device), dataset_folder(args.data, args.split)
+    classes, names = read_classes(folder), [name for _, name in names_of(folder)][:args.limit]
+    path = folder / "words.json"
+    words = json.loads(path.read_text()) if path.exists() else {c["name"]: [c["name"]] for c in classes}
+    isthing, colours = [c["isthing"] for c in classes], palette(len(classes)).astype(np.float32)
+    off, raw, cleaned, real, hits, said, seen = [], [], [], [], 0, 0, 0
+    for i in tqdm(range(0, len(names), 25), "measure"):
+        part = names[i:i + 25]
+        captions = [read_captions(folder, name, classes)[0] for name in part]
+        codes, maps = model.sample(captions, [seed_of(args.seed, name) for name in part], args.steps, args.guidance,
+                                   args.sampler, maps=True)
+        near = np.linalg.norm(maps[:, :, :, None] - colours, axis=-1).min(-1)       # (B, H, W) grey levels
+        off.append((near > 20).mean())
+        for name, caption, code in zip(part, captions, codes):
+            truth = read_ids(folder / "masks" / f"{name}.png", len(classes))
+            ids, _ = segments(code, isthing)
+            raw.append(specks(code)), cleaned.append(specks(ids)), real.append(specks(truth))
+            asked, shown = named(caption, words), {classes[k - 1]["name"] for k in np.unique(ids) if k}
+            shown = {name for name in shown if name in asked or words.get(name) and name != "sky"}
+            hits, said, seen = hits + len(asked & shown), said + len(asked), seen + len(shown)
+    print(f"{len(names)} captions of {folder.name}: {100 * np.mean(off):.2f} % of the pixels over 20 grey levels from every "
+          f"colour; in specks under 8 px {100 * np.mean(raw):.3f} % as sampled, {100 * np.mean(cleaned):.3f} % cleaned, "
+          f"{100 * np.mean(real):.3f} % in real masks; named classes: recall {100 * hits / max(said, 1):.1f}, "
+          f"precision {100 * hits / max(seen, 1):.1f} (an unnamed sky is no error)")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Text2Mask: captions -> segmentation masks.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -480,17 +534,17 @@ def main():
     p.add_argument("--edges", action="store_true", help="outline every segment, so that touching instances come apart")
     p = commands.add_parser("sample", help="paint the mask of one caption", **defaults)
     p.add_argument("--prompt", required=True, help="the caption")
-    p.add_argument("--init", type=Path, default=ROOT / "weights" / "shapes" / "text2mask", help="trained Text2Mask")
     p.add_argument("--out", type=Path, default=Path("out/sample"), help="folder of the pictures")
     p.add_argument("--size", type=parse_size, help="64 or 96x72 (default: the size it was trained at)")
-    p.add_argument("--steps", type=positive(int), default=25, help="sampling steps")
-    p.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance; 1 = none")
-    p.add_argument("--sampler", choices=("dpm++", "ddim", "euler", "edm"), default="dpm++")
     p.add_argument("--min-region", type=positive(int), default=8, help="smaller regions go to their surroundings")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="auto")
+    p = commands.add_parser("measure", help="how clean sampled masks are and how well they obey", **defaults)
+    p.add_argument("--data", default="shapes", help="NAME (data/NAME) or a folder that holds train/ and val/")
+    p.add_argument("--split", default="val", help="the split whose captions are used")
+    p.add_argument("--limit", type=positive(int), default=300, help="captions")
+    for p in (p, commands.choices["sample"]):
+        sampling_flags(p)
     args = parser.parse_args()
-    {"train": train, "sample": sample}[args.command](args)
+    {"train": train, "sample": sample, "measure": measure}[args.command](args)
 
 
 if __name__ == "__main__":

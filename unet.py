@@ -1,20 +1,26 @@
-"""Every network of the generators in plain PyTorch: SDXL's UNet, ControlNet, VAE, CLIP text encoders and tokenizer.
+"""Every network of the generators in plain PyTorch: SDXL's UNet, ControlNet, VAE, CLIP text encoders, tokenizer.
 
-A denoising UNet sees a noisy picture, the time and a caption; a ControlNet is a copy of its encoder that also sees a
-colour map and adds what it finds to the UNet's skip connections. Attribute names are the key names of the public
-checkpoints, so official weights load with a strict `load_state_dict` and ours open in the public libraries. The small
+A denoising UNet sees a noisy picture, the time and a caption; a ControlNet is a copy of its encoder that also sees
+a colour map and adds what it finds to the UNet's skip connections. Attribute names are the key names of the public
+checkpoints: official weights load with a strict `load_state_dict`, ours open in the public libraries. The small
 models of the built-in data are the same classes with other arguments: see PRESETS.
 
-Paper: SDXL (arXiv 2307.01952), ControlNet (2302.05543), CLIP (2103.00020); SegGen (2311.03355) fine-tunes SDXL.
-Differs: small models work on pixels in patches, with a full-resolution head, and read bytes instead of CLIP's tokens.
-Reads: vocab.json, merges.txt and tokenizer_config.json of a tokenizer folder. Writes: nothing.
+Paper: SDXL (2307.01952), ControlNet (2302.05543), CLIP (2103.00020); SegGen (2311.03355) fine-tunes SDXL.
+Differs: small models work on pixels in patches, with a full-resolution head, and read bytes, not CLIP's tokens.
+Reads: vocab.json, merges.txt (or tokenizer.json) and tokenizer_config.json of a tokenizer folder. Writes: nothing.
 Needs: no sibling file.
 
-    python unet.py                  # the sizes and shapes of every preset
+    python unet.py                  # the sizes of every preset
 
-B batch, C channels, H W pixels or latents, N = H * W, L caption tokens, D width, T width of the time embedding
+B batch, C channels, H W pixels or latents, N pixels of a grid, L caption tokens, D width,
+T width of the time embedding, P width of the pooled caption
 """
+import inspect
+import json
 import math
+import pathlib
+import re
+import unicodedata
 
 import torch
 import torch.nn.functional as F
@@ -23,22 +29,75 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 PRESETS = {
-    "tiny": {   # 64 x 64 pixels: a grid of 16 x 16 patches at width 48, then 8 x 8 at width 96 with the caption
+    "tiny": {       # 64 x 64 pixels: 16 x 16 patches at width 48, then 8 x 8 at width 96 with the caption
         "unet": dict(in_channels=3, out_channels=3, block_out_channels=(48, 96), layers_per_block=1,
-                     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), transformer_layers_per_block=(0, 1),
-                     attention_head_dim=(2, 4), cross_attention_dim=96, addition_time_embed_dim=16,
-                     projection_class_embeddings_input_dim=96 + 6 * 16, norm_num_groups=16, patch_size=4,
-                     head_channels=16),
+                     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                     transformer_layers_per_block=(0, 1), attention_head_dim=(2, 4), cross_attention_dim=96,
+                     addition_time_embed_dim=16, projection_class_embeddings_input_dim=96 + 6 * 16,
+                     norm_num_groups=16, patch_size=4, head_channels=16),
         "controlnet": dict(conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 64)),
         "text": dict(width=96, layers=2, heads=4, length=96),
+    },
+    "sdxl": {       # the arguments' defaults are SDXL's
+        "unet": {}, "controlnet": {}, "vae": {}, "text_encoder": {},
+        "text_encoder_2": dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
+                               num_attention_heads=20, hidden_act="gelu", projection_dim=1280, projection=True),
     },
 }
 
 
-# ---- parts --------------------------------------------------------------------------------------------------------
+# ---- public config.json files ------------------------------------------------------------------------------
+
+# Not the public defaults, so a file that lacks them is not SDXL's.
+NEEDED = {"addition_embed_type": "text_time", "use_linear_projection": True}
+# Options that our networks do not have: the one value that they implement. What is in no list must be off.
+SUPPORTED = NEEDED | {
+    "act_fn": "silu", "attention_type": "default", "controlnet_conditioning_channel_order": "rgb",
+    "conv_in_kernel": 3, "conv_out_kernel": 3, "downsample_padding": 1, "flip_sin_to_cos": True,
+    "mid_block_add_attention": True, "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "model_type": "clip_text_model", "norm_eps": 1e-5, "resnet_out_scale_factor": 1,
+    "resnet_time_scale_shift": "default", "time_embedding_type": "positional", "use_post_quant_conv": True,
+    "use_quant_conv": True}
+# Options that do not change what is computed.
+IGNORED = {
+    "_class_name", "_diffusers_version", "_name_or_path", "_use_default_values", "addition_embed_type_num_heads",
+    "architectures", "bos_token_id", "dtype", "force_upcast", "initializer_factor", "initializer_range",
+    "pad_token_id", "sample_size", "torch_dtype", "transformers_version"}
+
+
+def public_arguments(cls):
+    """The names of a class's constructor arguments that stand in a public config.json."""
+    own = [name for c in cls.__mro__ if c.__module__ == __name__ for name in inspect.signature(c).parameters]
+    return [name for name in own if name not in ("encoder", "patch_size", "head_channels", "projection")]
+
+
+def from_config(cls, config):
+    """A network from the dict of a public config.json. Raises ValueError, with the key, where it is not SDXL's."""
+    own = public_arguments(cls)
+    for key in own + list(NEEDED if "cross_attention_dim" in own else ()):
+        if key not in config:
+            raise ValueError(f"the configuration has no {key}: it is not of SDXL's kind")
+    down = config.get("down_block_types", ())
+    mirror = [kind.replace("Down", "Up").replace("Encoder", "Decoder") for kind in reversed(down)]
+    for key in config.keys() - own - IGNORED:
+        value, only = config[key], mirror if key == "up_block_types" else SUPPORTED.get(key)
+        if key == "down_block_types":                               # a VAE's: only the kind matters, not the number
+            value, only = set(value), {"DownEncoderBlock2D"}
+        if value != only and (value or only):
+            raise ValueError(f"{key} = {value!r} is not supported, only {only!r}")
+    arguments = {key: config[key] for key in own}
+    for key in ("attention_head_dim", "transformer_layers_per_block"):      # one number stands for all levels
+        if isinstance(arguments.get(key), int):
+            arguments[key] = [arguments[key]] * len(config["block_out_channels"])
+    if "CLIPTextModelWithProjection" in (config.get("architectures") or ()):
+        arguments["projection"] = True
+    return cls(**arguments)
+
+
+# ---- parts -------------------------------------------------------------------------------------------------
 
 def checkpointed(forward):
-    """A forward that keeps only its inputs and is computed again in backward, once `module.checkpointing` is set."""
+    """A forward that keeps only its inputs and runs again in backward, once `module.checkpointing` is set."""
     def wrapped(self, *args):
         if getattr(self, "checkpointing", False) and torch.is_grad_enabled():
             return checkpoint(forward, self, *args, use_reentrant=False)
@@ -54,7 +113,7 @@ def zero(module):
 
 
 def fourier(x, dim):
-    """(N,) numbers -> (N, dim): cosines then sines at dim / 2 frequencies from 1 down to nearly 1 / 10000, fp32."""
+    """(N,) numbers -> (N, dim): cosines, then sines, at dim / 2 frequencies from 1 to nearly 1 / 10000, fp32."""
     frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=x.device) / (dim // 2))
     angle = x.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=1)
@@ -73,20 +132,23 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """(B, in_channels, H, W) -> (B, out_channels, H, W); the time embedding is added between the two convolutions."""
+    """(B, in_channels, H, W) -> (B, out_channels, H, W); the time is added between the two convolutions.
 
-    def __init__(self, in_channels, out_channels, time_dim, groups, eps=1e-5):
+    The VAE's knows no time: time_dim None. Its norms have another eps."""
+
+    def __init__(self, in_channels, out_channels, time_dim, groups):
         super().__init__()
+        eps = 1e-5 if time_dim else 1e-6
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_dim, out_channels) if time_dim else None    # the VAE knows no time
+        self.time_emb_proj = nn.Linear(time_dim, out_channels) if time_dim else None
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
-        self.conv2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))          # starts as the identity
+        self.conv2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))  # starts as the identity
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     @checkpointed
     def forward(self, x, time=None):
-        h = self.conv1(F.silu(self.norm1(x)))                                           # (B, C, H, W)
+        h = self.conv1(F.silu(self.norm1(x)))                       # (B, C, H, W)
         if time is not None:
             h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
@@ -94,7 +156,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of (B, N, D) to itself, to a context (B, L, context_dim), or to the (keys, values) of `project`."""
+    """Attention of (B, N, D) to itself, to a context (B, L, context_dim), or to the keys, values of `project`."""
 
     def __init__(self, dim, heads, context_dim=None, bias=False):
         super().__init__()
@@ -106,13 +168,14 @@ class Attention(nn.Module):
 
     def project(self, context):
         """(B, L, context_dim) -> keys and values, each (B, heads, L, d)."""
-        return tuple(rearrange(to(context), "b l (h d) -> b h l d", h=self.heads) for to in (self.to_k, self.to_v))
+        return tuple(rearrange(to(context), "b l (h d) -> b h l d", h=self.heads)
+                     for to in (self.to_k, self.to_v))
 
     def forward(self, x, context=None):
         q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
         k, v = context if isinstance(context, tuple) else self.project(x if context is None else context)
-        x = F.scaled_dot_product_attention(q, k, v)                                     # (B, heads, N, d)
-        return self.to_out(rearrange(x, "b h n d -> b n (h d)"))                        # (B, N, D)
+        x = F.scaled_dot_product_attention(q, k, v)                 # (B, heads, N, d)
+        return self.to_out(rearrange(x, "b h n d -> b n (h d)"))    # (B, N, D)
 
 
 class GEGLU(nn.Module):
@@ -130,7 +193,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))   # 1: public dropout
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))  # 1: a dropout
 
     def forward(self, x):
         return self.net(x)
@@ -147,7 +210,7 @@ class TransformerBlock(nn.Module):
 
     @checkpointed
     def forward(self, x, context):
-        """x (B, N, D); context (B, L, context_dim) or a list of (keys, values), one for each cross-attention."""
+        """x (B, N, D); context (B, L, context_dim) or the list of `project_text` -> (B, N, D)."""
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context[self.attn2.index] if isinstance(context, list) else context)
         return x + self.ff(self.norm3(x))
@@ -160,20 +223,21 @@ class Transformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim) for _ in range(depth))
-        self.proj_out = zero(nn.Linear(channels, channels))                             # starts as the identity
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, heads, context_dim) for _ in range(depth))
+        self.proj_out = zero(nn.Linear(channels, channels))         # starts as the identity
 
     def forward(self, x, context):
-        h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))               # (B, N, C)
+        h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))  # (B, N, C)
         for block in self.transformer_blocks:
             h = block(h, context)
         return x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=x.shape[2])
 
 
 class Downsample(nn.Module):
-    """Halves H and W. The VAE pads right and below only (padding=0), the UNet on all sides."""
+    """Halves H and W. The UNet pads on all sides (padding=1), the VAE right and below only (padding=0)."""
 
-    def __init__(self, channels, padding=1):
+    def __init__(self, channels, padding):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
@@ -192,7 +256,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
-# ---- UNet and ControlNet ------------------------------------------------------------------------------------------
+# ---- UNet and ControlNet -----------------------------------------------------------------------------------
 
 class Stage(nn.Module):
     """What stands at one resolution: residual blocks, each followed by a transformer where depth > 0."""
@@ -205,9 +269,10 @@ class Stage(nn.Module):
 
 
 class DownBlock(Stage):
-    def __init__(self, widths, *args, downsample):
-        super().__init__(widths, *args, transformers=len(widths))
-        self.downsamplers = nn.ModuleList([Downsample(widths[-1][1])] if downsample else [])
+    def __init__(self, widths, time_dim, *args, downsample):
+        super().__init__(widths, time_dim, *args, transformers=len(widths))
+        padding = 1 if time_dim else 0
+        self.downsamplers = nn.ModuleList([Downsample(widths[-1][1], padding)] if downsample else [])
 
     def forward(self, x, time, context):
         """-> the output and the list of skips."""
@@ -217,7 +282,7 @@ class DownBlock(Stage):
             x = self.attentions[i](x, context) if self.attentions else x
             skips.append(x)
         for downsampler in self.downsamplers:
-            x = downsampler(x)                                                          # (B, C, H / 2, W / 2)
+            x = downsampler(x)                                      # (B, C, H / 2, W / 2)
             skips.append(x)
         return x, skips
 
@@ -244,7 +309,7 @@ class UpBlock(Stage):
             x = resnet(torch.cat([x, skips.pop()], dim=1), time)
             x = self.attentions[i](x, context) if self.attentions else x
         for upsampler in self.upsamplers:
-            x = upsampler(x, skips[-1].shape[-2:])                                      # (B, C, 2 H, 2 W)
+            x = upsampler(x, skips[-1].shape[-2:])                  # (B, C, 2 H, 2 W)
         return x
 
 
@@ -256,11 +321,13 @@ class Encoder(nn.Module):
 
     def __init__(self, in_channels=4, block_out_channels=(320, 640, 1280), layers_per_block=2,
                  down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                 transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
-                 addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816, norm_num_groups=32,
-                 patch_size=1):
+                 transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+                 cross_attention_dim=2048, addition_time_embed_dim=256,
+                 projection_class_embeddings_input_dim=2816, norm_num_groups=32, patch_size=1):
+        if unknown := set(down_block_types) - {"DownBlock2D", "CrossAttnDownBlock2D"}:
+            raise ValueError(f"down_block_types: {', '.join(sorted(unknown))} is not supported")
         super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "unknown", "__class__")}
         widths, time_dim = block_out_channels, 4 * block_out_channels[0]
         self.conv_in = nn.Conv2d(in_channels * patch_size ** 2, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], time_dim)
@@ -271,6 +338,18 @@ class Encoder(nn.Module):
             self.down_blocks.append(DownBlock(pairs, *self.attention(i), downsample=i < len(widths) - 1))
         middle = time_dim, transformer_layers_per_block[-1], *self.attention(-1)[2:]
         self.mid_block = MidBlock(widths[-1], *middle)
+
+    from_config = classmethod(from_config)
+
+    def public_config(self):
+        """The dict to write as config.json: with it the public library opens our state dict. No patches there."""
+        patch, head = self.config["patch_size"], self.config["head_channels"]
+        assert patch == 1 and head == 0, f"patch_size {patch} and head_channels {head} have no public name"
+        config = {k: v for k, v in self.config.items() if k not in ("patch_size", "head_channels")}
+        if isinstance(self, UNet):
+            up = [kind.replace("Down", "Up") for kind in reversed(config["down_block_types"])]
+            return NEEDED | config | {"_class_name": "UNet2DConditionModel", "up_block_types": up}
+        return NEEDED | config | {"_class_name": "ControlNetModel"}
 
     def attention(self, i):
         """What the blocks of level i have in common: time width, depth, heads, caption width, groups."""
@@ -288,11 +367,11 @@ class Encoder(nn.Module):
         return [m.attn2 for m in self.modules() if isinstance(m, TransformerBlock)]
 
     def project_text(self, context):
-        """(B, L, D) caption -> keys and values of every cross-attention: computed once for all steps of a sampler."""
+        """(B, L, D) caption -> keys and values of each cross-attention: once for all steps of a sampler."""
         return [layer.project(context) for layer in self.text_layers()]
 
     def recompute(self, on=True):
-        """Gradient checkpointing: blocks keep only their inputs and run again in backward. Returns the module."""
+        """Gradient checkpointing: blocks keep only their inputs and run again in backward. Returns self."""
         for module in self.modules():
             module.checkpointing = on
         return self
@@ -300,7 +379,7 @@ class Encoder(nn.Module):
     def embed(self, t, pooled, time_ids):
         """t (B,), pooled (B, P), time_ids (B, 6) -> (B, T)."""
         dim = self.config["addition_time_embed_dim"]
-        sizes = fourier(time_ids.flatten(), dim).reshape(len(pooled), -1)               # (B, 6 dim)
+        sizes = fourier(time_ids.flatten(), dim).reshape(len(pooled), -1)  # (B, 6 dim)
         time = self.time_embedding(fourier(t, self.config["block_out_channels"][0]))
         return time + self.add_embedding(torch.cat([pooled, sizes.to(pooled.dtype)], dim=1))
 
@@ -319,39 +398,41 @@ class UNet(Encoder):
     def __init__(self, out_channels=4, head_channels=0, **encoder):
         super().__init__(**encoder)
         self.config |= dict(out_channels=out_channels, head_channels=head_channels)
-        c = self.config
-        widths, layers, last = c["block_out_channels"], c["layers_per_block"], len(c["block_out_channels"]) - 1
+        c, widths, layers = self.config, self.config["block_out_channels"], self.config["layers_per_block"]
+        last, patch = len(widths) - 1, self.config["patch_size"]
         self.up_blocks = nn.ModuleList()
         for i in reversed(range(len(widths))):
             below, above, width = widths[min(i + 1, last)], widths[max(i - 1, 0)], widths[i]
-            pairs = [((width if j else below) + (width if j < layers else above), width) for j in range(layers + 1)]
+            pairs = [((width if j else below) + (width if j < layers else above), width)    # + the skip's width
+                     for j in range(layers + 1)]
             self.up_blocks.append(UpBlock(pairs, *self.attention(i), upsample=i > 0))
         self.conv_norm_out = nn.GroupNorm(c["norm_num_groups"], widths[0], 1e-5)
-        self.conv_out = nn.Conv2d(widths[0], (head_channels or out_channels) * c["patch_size"] ** 2, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], (head_channels or out_channels) * patch ** 2, 3, padding=1)
         heads = [(head_channels + c["in_channels"], head_channels), (head_channels, head_channels),
                  (head_channels, out_channels)]
         self.head = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in heads if head_channels)
         self.number_text_layers()
 
     def forward(self, x, t, context, pooled, time_ids, residuals=None):
-        """x (B, in_channels, H, W), t (B,), context (B, L, D) or `project_text(context)`, pooled (B, P), time_ids
-        (B, 6): original H W, crop top left, target H W; residuals of a ControlNet -> (B, out_channels, H, W)."""
+        """x (B, in_channels, H, W), t (B,), context (B, L, D) or what project_text made of it, pooled (B, P),
+        time_ids (B, 6): original H W, crop top left, target H W; a ControlNet's residuals
+        -> (B, out_channels, H, W)."""
         patch = self.config["patch_size"]
         down, middle, fine = residuals or ((), 0, None)
-        time = self.embed(t, pooled, time_ids)                                          # (B, T)
-        h = self.conv_in(F.pixel_unshuffle(x, patch))                                   # (B, C, H / patch, W / patch)
+        time = self.embed(t, pooled, time_ids)                      # (B, T)
+        h = self.conv_in(F.pixel_unshuffle(x, patch))               # (B, C, H / patch, W / patch)
         h, skips = self.encode(h, time, context)
         skips = [skip + r for skip, r in zip(skips, down, strict=True)] if down else skips
         h = h + middle
         for block in self.up_blocks:
             h = block(h, skips, time, context)
         h = self.conv_out(F.silu(self.conv_norm_out(h)))
-        h = F.pixel_shuffle(h, patch)                                                   # (B, C, H, W)
+        h = F.pixel_shuffle(h, patch)                               # (B, C, H, W)
         return self.sharpen(h, x, fine) if self.head else h
 
     def sharpen(self, h, x, fine):
         """The head: features, the noisy input and the ControlNet's `fine` residual at full resolution."""
-        h = self.head[0](torch.cat([h, x], dim=1))                                      # (B, head_channels, H, W)
+        h = self.head[0](torch.cat([h, x], dim=1))                  # (B, head_channels, H, W)
         h = h if fine is None else h + fine
         for layer in self.head[1:]:
             h = layer(F.silu(h))
@@ -359,7 +440,7 @@ class UNet(Encoder):
 
 
 class ConditioningEmbedding(nn.Module):
-    """A colour map (B, 3, H, W) in [0, 1] -> (B, C, h, w) for the UNet's grid: a stride of 2 for each further width."""
+    """A colour map (B, 3, H, W) in [0, 1] -> (B, C, h, w), the UNet's grid: each further width halves it."""
 
     def __init__(self, in_channels, widths, out_channels):
         super().__init__()
@@ -377,7 +458,7 @@ class ConditioningEmbedding(nn.Module):
 
 
 class ControlNet(Encoder):
-    """A copy of a UNet's encoder that sees a colour map; its zero convolutions add nothing before training."""
+    """A copy of a UNet's encoder that sees a colour map; its zero convolutions add nothing until trained."""
 
     def __init__(self, conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 96, 256),
                  head_channels=0, **encoder):
@@ -387,7 +468,7 @@ class ControlNet(Encoder):
         widths, layers = self.config["block_out_channels"], self.config["layers_per_block"]
         self.controlnet_cond_embedding = ConditioningEmbedding(
             conditioning_channels, conditioning_embedding_out_channels, widths[0])
-        skips = [widths[0]] + [w for w in widths for _ in range(layers + 1)][:-1]        # the last has no downsampler
+        skips = [widths[0]] + [w for w in widths for _ in range(layers + 1)][:-1]  # one for each skip
         self.controlnet_down_blocks = nn.ModuleList(zero(nn.Conv2d(c, c, 1)) for c in skips)
         self.controlnet_mid_block = zero(nn.Conv2d(widths[-1], widths[-1], 1))
         if head_channels:
@@ -407,17 +488,17 @@ class ControlNet(Encoder):
         return net
 
     def forward(self, x, t, context, pooled, time_ids, cond, scale=1.0):
-        """As UNet's; cond (B, 3, H, W) colour map in [0, 1] at the picture's full size -> residuals for the UNet:
-        (one for each skip, one for the middle, one for the head or None), all times `scale`."""
-        time = self.embed(t, pooled, time_ids)                                          # (B, T)
-        h = self.conv_in(F.pixel_unshuffle(x, self.config["patch_size"]))               # (B, C, h, w)
+        """As UNet's; cond: colour map (B, 3, H, W) in [0, 1] at the picture's full size -> residuals for the
+        UNet: (one for each skip, one for the middle, one for the head or None), all times `scale`."""
+        time = self.embed(t, pooled, time_ids)                      # (B, T)
+        h = self.conv_in(F.pixel_unshuffle(x, self.config["patch_size"]))  # (B, C, h, w)
         h, skips = self.encode(h + self.controlnet_cond_embedding(cond), time, context)
         down = [zero_conv(skip) * scale for zero_conv, skip in zip(self.controlnet_down_blocks, skips)]
         fine = self.controlnet_head(cond) * scale if self.config["head_channels"] else None
         return down, self.controlnet_mid_block(h) * scale, fine
 
 
-# ---- text ---------------------------------------------------------------------------------------------------------
+# ---- text --------------------------------------------------------------------------------------------------
 
 class TextEncoder(nn.Module):
     """A small transformer over the bytes of a caption: no vocabulary, any language.
@@ -431,7 +512,8 @@ class TextEncoder(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(length, width))
         self.layers = nn.ModuleList(nn.ModuleDict({
             "norm1": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width), "out": nn.Linear(width, width),
-            "norm2": nn.LayerNorm(width), "up": nn.Linear(width, 4 * width), "down": nn.Linear(4 * width, width),
+            "norm2": nn.LayerNorm(width), "up": nn.Linear(width, 4 * width),
+            "down": nn.Linear(4 * width, width),
         }) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.pool = nn.Linear(width, width)
@@ -445,13 +527,294 @@ class TextEncoder(nn.Module):
         return tokens.to(self.position.device)
 
     def forward(self, tokens):
-        """(B, L) -> context (B, L, D), zero at padding so that cross-attention needs no mask, and pooled (B, D)."""
-        real = tokens > 0                                                               # (B, L)
+        """(B, L) -> context (B, L, D), zero at padding: cross-attention needs no mask; and pooled (B, D)."""
+        real = tokens > 0                                           # (B, L)
         x = self.token(tokens) + self.position
         for layer in self.layers:
-            qkv = rearrange(layer["qkv"](layer["norm1"](x)), "b l (n h d) -> n b h l d", n=3, h=self.config["heads"])
-            h = F.scaled_dot_product_attention(*qkv, attn_mask=real[:, None, None])     # (B, heads, L, d)
+            qkv = layer["qkv"](layer["norm1"](x))
+            qkv = rearrange(qkv, "b l (n h d) -> n b h l d", n=3, h=self.config["heads"])
+            h = F.scaled_dot_product_attention(*qkv, attn_mask=real[:, None, None])  # (B, heads, L, d)
             x = x + layer["out"](rearrange(h, "b h l d -> b l (h d)"))
             x = x + layer["down"](F.gelu(layer["up"](layer["norm2"](x))))
         x = self.norm(x) * real[..., None]
         return x, self.pool(x.sum(1) / real.sum(1, keepdim=True))
+
+
+# ---- VAE ---------------------------------------------------------------------------------------------------
+
+class PixelAttention(Attention):
+    """One head of self-attention over the pixels of (B, C, H, W)."""
+
+    def __init__(self, channels, groups):
+        super().__init__(channels, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+
+    def forward(self, x, context=None):
+        h = super().forward(rearrange(self.group_norm(x), "b c h w -> b (h w) c"))  # (B, N, C)
+        return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class VAEHalf(nn.Module):
+    """What the VAE's encoder and decoder have in common: first convolution, middle, last convolution."""
+
+    def __init__(self, in_channels, first, middle, last, out_channels, groups):
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
+        self.mid_block = MidBlock(middle, None, 0, 0, 0, groups)
+        self.mid_block.attentions.append(PixelAttention(middle, groups))
+        self.conv_norm_out = nn.GroupNorm(groups, last, eps=1e-6)
+        self.conv_out = nn.Conv2d(last, out_channels, 3, padding=1)
+
+    def out(self, x):
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAEEncoder(VAEHalf):
+    def __init__(self, in_channels, latent_channels, widths, layers, groups):
+        super().__init__(in_channels, widths[0], widths[-1], widths[-1], 2 * latent_channels, groups)
+        self.down_blocks = nn.ModuleList()
+        for i, width in enumerate(widths):
+            pairs = [(widths[max(i - 1, 0)], width)] + [(width, width)] * (layers - 1)
+            self.down_blocks.append(DownBlock(pairs, None, 0, 0, 0, groups, downsample=i < len(widths) - 1))
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x, _ = block(x, None, None)
+        return self.out(self.mid_block(x, None, None))
+
+
+class VAEDecoder(VAEHalf):
+    def __init__(self, out_channels, latent_channels, widths, layers, groups):
+        super().__init__(latent_channels, widths[-1], widths[-1], widths[0], out_channels, groups)
+        self.up_blocks = nn.ModuleList()
+        for i in reversed(range(len(widths))):
+            pairs = [(widths[min(i + 1, len(widths) - 1)], widths[i])] + [(widths[i], widths[i])] * layers
+            self.up_blocks.append(UpBlock(pairs, None, 0, 0, 0, groups, upsample=i > 0))
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z), None, None)
+        for block in self.up_blocks:
+            for resnet in block.resnets:
+                x = resnet(x)
+            for upsampler in block.upsamplers:
+                x = upsampler(x, (2 * x.shape[2], 2 * x.shape[3]))
+        return self.out(x)
+
+
+class VAE(nn.Module):
+    """SDXL's autoencoder: pictures (B, 3, H, W) in [-1, 1] <-> latents (B, 4, H / 8, W / 8), about unit variance.
+
+    Pictures go through it `slices` at a time, so a large batch needs little more memory. It overflows in fp16."""
+
+    def __init__(self, in_channels=3, out_channels=3, latent_channels=4,
+                 block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32, scaling_factor=0.13025):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        shape = latent_channels, block_out_channels, layers_per_block, norm_num_groups
+        self.encoder = VAEEncoder(in_channels, *shape)
+        self.decoder = VAEDecoder(out_channels, *shape)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+
+    from_config = classmethod(from_config)
+
+    def moments(self, x, slices=4):
+        """(B, 3, H, W) in [-1, 1] -> mean and standard deviation of the latents, not yet scaled."""
+        h = torch.cat([self.quant_conv(self.encoder(part)) for part in x.split(slices)])
+        mean, logvar = h.chunk(2, dim=1)                            # (B, 4, h, w) each
+        return mean, (logvar.clamp(-30, 20) / 2).exp()
+
+    def encode(self, x, slices=4):
+        """(B, 3, H, W) in [-1, 1] -> a sample of the latents, times the scaling factor."""
+        mean, std = self.moments(x, slices)
+        return (mean + std * torch.randn_like(mean)) * self.config["scaling_factor"]
+
+    def decode(self, z, slices=4):
+        """Scaled latents -> (B, 3, H, W), about [-1, 1]."""
+        z = z / self.config["scaling_factor"]
+        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in z.split(slices)])
+
+
+# ---- CLIP --------------------------------------------------------------------------------------------------
+
+class CLIPAttention(nn.Module):
+    """Causal self-attention of (B, L, D)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (rearrange(to(x), "b l (h d) -> b h l d", h=self.heads)
+                   for to in (self.q_proj, self.k_proj, self.v_proj))
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, L, d)
+        return self.out_proj(rearrange(x, "b h l d -> b l (h d)"))
+
+
+class CLIPLayer(nn.Module):
+    def __init__(self, width, inner, heads, act, eps):
+        super().__init__()
+        if act not in ("quick_gelu", "gelu"):
+            raise ValueError(f"hidden_act = {act!r} is not supported, only 'quick_gelu' and 'gelu'")
+        self.quick = act == "quick_gelu"
+        self.layer_norm1, self.self_attn = nn.LayerNorm(width, eps), CLIPAttention(width, heads)
+        self.layer_norm2 = nn.LayerNorm(width, eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, inner), "fc2": nn.Linear(inner, width)})
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        h = self.mlp["fc1"](self.layer_norm2(x))
+        return x + self.mlp["fc2"](h * torch.sigmoid(1.702 * h) if self.quick else F.gelu(h))
+
+
+class CLIPText(nn.Module):
+    """One of SDXL's text encoders; SDXL reads the layer before the last, and the second one's pooled vector."""
+
+    def __init__(self, vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                 num_attention_heads=12, max_position_embeddings=77, hidden_act="quick_gelu",
+                 layer_norm_eps=1e-5, eos_token_id=2, projection_dim=768, projection=False):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        layer = hidden_size, intermediate_size, num_attention_heads, hidden_act, layer_norm_eps
+        layers = [CLIPLayer(*layer) for _ in range(num_hidden_layers)]
+        self.text_model = nn.ModuleDict({
+            "embeddings": nn.ModuleDict({
+                "token_embedding": nn.Embedding(vocab_size, hidden_size),
+                "position_embedding": nn.Embedding(max_position_embeddings, hidden_size)}),
+            "encoder": nn.ModuleDict({"layers": nn.ModuleList(layers)}),
+            "final_layer_norm": nn.LayerNorm(hidden_size, layer_norm_eps)})
+        self.text_projection = nn.Linear(hidden_size, projection_dim, bias=False) if projection else None
+        self.register_load_state_dict_pre_hook(public_clip_keys)
+
+    from_config = classmethod(from_config)
+
+    def forward(self, tokens):
+        """(B, L) long -> context (B, L, D) of the layer before the last, pooled (B, projection_dim or D)."""
+        part = self.text_model
+        x = part["embeddings"]["token_embedding"](tokens)           # (B, L, D)
+        x = x + part["embeddings"]["position_embedding"].weight[:tokens.shape[1]]
+        for layer in part["encoder"]["layers"]:
+            context, x = x, layer(x)
+        # Official files say 2, which is not the end token: the largest id is. Both: the first of them.
+        eos = self.config["eos_token_id"]
+        end = tokens.argmax(1) if eos == 2 else (tokens == eos).int().argmax(1)   # (B,)
+        pooled = part["final_layer_norm"](x[torch.arange(len(x), device=x.device), end])
+        return context, self.text_projection(pooled) if self.text_projection else pooled
+
+
+def public_clip_keys(model, state, *_):
+    """Before loading: recent public files leave out `text_model.`, old ones hold a table of positions."""
+    state.pop("text_model.embeddings.position_ids", None)
+    for key in [k for k in state if k.startswith(("embeddings.", "encoder.", "final_layer_norm."))]:
+        state[f"text_model.{key}"] = state.pop(key)
+
+
+# CLIP's regular expression over a text's character classes, as Python's `re` knows no \p{L} and \p{N}; every white
+# space is a blank by then.
+WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^ a-z0-9]+")
+SPACES = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def character_class(c):
+    """A lower-case character -> itself if ASCII, else `a` for any letter, `0` any number, `!` the rest."""
+    return c if c < "\x80" else {"L": "a", "N": "0"}.get(unicodedata.category(c)[0], "!")
+
+
+def byte_characters():
+    """Byte -> the character that stands for it in vocab.json: itself if printable, else one from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+class CLIPTokenizer:
+    """CLIP's byte-pair encoding, from a folder's vocab.json and merges.txt, or tokenizer.json which holds both.
+
+    Raises ValueError where there is neither. A padding token other than the end (SDXL's second tokenizer: `!`) is
+    special wherever it stands in a caption, as in the public tokenizer."""
+
+    def __init__(self, folder, length=77):
+        folder = pathlib.Path(folder)
+        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            self.ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            merges = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+        elif (folder / "tokenizer.json").exists():
+            model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+            self.ids = model["vocab"]
+            merges = [m.split() if isinstance(m, str) else m for m in model["merges"]]
+        else:
+            raise ValueError(f"{folder}: no vocab.json and merges.txt of a CLIP tokenizer")
+        self.ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
+        config = folder / "tokenizer_config.json"
+        pad = json.loads(config.read_text(encoding="utf-8")).get("pad_token", END) if config.exists() else END
+        pad = pad["content"] if isinstance(pad, dict) else pad
+        self.length, self.pad, self.bytes, self.cache = length, self.ids[pad], byte_characters(), {}
+        self.specials = re.compile("(" + "|".join(re.escape(s) for s in {START, END, pad}) + ")")
+
+    def __call__(self, captions):
+        """B captions -> (B, length) long: start, at most length - 2 tokens, end, padding."""
+        rows = []
+        for caption in captions:
+            ids = [self.ids[START], *self.encode(caption)[:self.length - 2], self.ids[END]]
+            rows.append(ids + [self.pad] * (self.length - len(ids)))
+        return torch.tensor(rows)
+
+    def encode(self, text):
+        """A caption -> the list of its ids, without start and end."""
+        ids = []
+        for i, part in enumerate(self.specials.split(text)):
+            ids += [self.ids[part]] if i % 2 else [n for word in self.words(part) for n in self.merge(word)]
+        return ids
+
+    def words(self, text):
+        """Normalised text, cut where CLIP's expression cuts it."""
+        text = re.sub(f"[{SPACES}]+", " ", unicodedata.normalize("NFC", text))
+        text = "".join(c.lower() for c in text)        # each alone: Python treats a last sigma otherwise
+        classes = "".join(map(character_class, text))   # as long as the text
+        return [text[m.start():m.end()] for m in WORDS.finditer(classes)]
+
+    def merge(self, word):
+        """The ids of a word: its bytes, the pair of lowest rank merged until none is left."""
+        if word not in self.cache:
+            parts = [self.bytes[b] for b in word.encode()]
+            parts[-1] += "</w>"
+            while (best := min(zip(parts, parts[1:]), default=None,
+                               key=lambda pair: self.ranks.get(pair, math.inf))) in self.ranks:
+                parts = merged(parts, best)
+            self.cache[word] = [self.ids[p] for p in parts]
+        return self.cache[word]
+
+
+def merged(parts, pair):
+    """The list with every occurrence of the two neighbours `pair` joined, from the left."""
+    out = []
+    for part in parts:
+        if out and (out[-1], part) == pair:
+            out[-1] += part             # longer than pair[0] now: never the left of `pair` again
+        else:
+            out.append(part)
+    return out
+
+
+def main():
+    """Prints how many parameters every network of every preset has, and where."""
+    for preset, networks in PRESETS.items():
+        for name, arguments in networks.items():
+            cls = dict(unet=UNet, controlnet=ControlNet, vae=VAE, text=TextEncoder).get(name, CLIPText)
+            if preset == "tiny" and name == "controlnet":
+                arguments = {k: v for k, v in networks["unet"].items() if k != "out_channels"} | arguments
+            with torch.device("meta"):                              # shapes without memory
+                net = cls(**arguments)
+            count = sum(p.numel() for p in net.parameters())
+            tensors = len(net.state_dict())
+            print(f"{preset}/{name}: {cls.__name__}, {count / 1e6:.2f}M parameters in {tensors} tensors")
+            for part, module in net.named_children():
+                print(f"    {part:28}{sum(p.numel() for p in module.parameters()) / 1e6:9.2f}M")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,10 @@
 """ADE20K scene parsing (SceneParsing150) in the official layout -> pair folders train and val.
 
 Masks are kept as they are: 0 is unlabelled and 1 to 150 are the classes of objectInfo150.txt. Where the
-instance challenge's annotations_instance lies beside them, its 100 classes are things and instances/ tells them
-apart. Captions are any captioner's (--captions), or composed from the scene's name and what is in the picture.
+instance challenge's annotations_instance lies beside them, its 100 classes are things and instances/ tells
+them apart. Captions are any captioner's (--captions), or composed from the scene's name and its classes.
 
-Differs: the semantic mask is never changed, so that mIoU is the benchmark's: an instance keeps only the pixels
+Differs: the semantic mask is never changed, so that mIoU is the benchmark's: an instance keeps only pixels
          whose class is its own, and pixels of a thing without an instance are a crowd (255): not scored.
 Reads:   RAW/images/{training,validation}/*.jpg, RAW/annotations/{training,validation}/*.png,
          RAW/objectInfo150.txt; RAW/annotations_instance/{training,validation}/*.png and
@@ -30,8 +30,9 @@ from PIL import Image
 from tqdm import tqdm
 
 CLASSES, CROWD = 150, 255
-STUFF = (1, 2, 3, 4, 5, 6, 7, 10, 12, 14, 17, 18, 22, 26, 27, 29, 30, 35, 41, 47, 49, 52, 53, 55, 60, 61, 62,
-         64, 69, 78, 80, 85, 92, 95, 97, 100, 101, 102, 106, 107, 110, 114, 115, 118, 123, 129, 132, 141, 142, 146)
+STUFF = (1, 2, 3, 4, 5, 6, 7, 10, 12, 14, 17, 18, 22, 26, 27, 29, 30, 35, 41, 47, 49, 52, 53, 55, 60, 61,
+         62, 64, 69, 78, 80, 85, 92, 95, 97, 100, 101, 102, 106, 107, 110, 114, 115, 118, 123, 129, 132, 141,
+         142, 146)
 THINGS = [k for k in range(1, CLASSES + 1) if k not in STUFF]      # the instance challenge's classes in order
 UNCOUNTED = ("stairs", "food", "apparel")                          # said without an article
 SEEN = 0.004        # a class with a smaller share of the picture is not mentioned
@@ -126,8 +127,8 @@ def caption_rows(data):
 def caption_file(path):
     """A captioner's file -> {image name without ending: [captions]}.
 
-    JSON or JSONL of {name: caption or captions}, or of entries with the name under "file_name", "image", "name"
-    or "id" and what is said under "caption", "captions" or "text".
+    JSON or JSONL of {name: caption or captions}, or of entries with the name under "file_name", "image",
+    "name" or "id" and what is said under "caption", "captions" or "text".
     """
     captions = defaultdict(list)
     try:
@@ -144,8 +145,8 @@ def caption_file(path):
     except (OSError, ValueError, TypeError, AttributeError) as error:
         captions = error
     if not captions or isinstance(captions, Exception):
-        sys.exit(f"{path}: JSON or JSONL of image name -> caption was looked for, found {captions or 'none'!r};"
-                 ' write {"NAME.jpg": "a caption", ...}')
+        sys.exit(f"{path}: JSON or JSONL of image name -> caption was looked for, found"
+                 f" {captions or 'none'!r}; write {{\"NAME.jpg\": \"a caption\", ...}}")
     return captions
 
 
@@ -192,7 +193,7 @@ def same_size(source, target, shorter):
 
 
 def made(job, classes, shorter):
-    """A job (image path, mask path, instance path or None, scene, lines, folder) -> image, {kind: view}, lines."""
+    """A job (image, mask and instance path or None, scene, lines, folder) -> image, {kind: view}, lines."""
     source, label, instance, scene, lines, _ = job
     image = read(source, cheap=not shorter)
     ids, instances = views(label, instance, classes)
@@ -217,7 +218,7 @@ def pair(job, classes, shorter):
     """
     source, _, _, _, lines, folder = job
     stem, ending = os.path.splitext(os.path.basename(source))
-    target, text = (os.path.join(folder, *end) for end in (("images", stem + ending), ("captions", stem + ".txt")))
+    target = os.path.join(folder, "images", stem + ending)
     try:
         whole = os.path.exists(target)
         if whole and same_size(source, target, shorter):
@@ -225,7 +226,7 @@ def pair(job, classes, shorter):
         if not whole:
             image, kinds, lines = made(job, classes, shorter)
         if lines:
-            put(text, partial(write_text, "\n".join(lines) + "\n"))
+            put(os.path.join(folder, "captions", stem + ".txt"), partial(write_text, "\n".join(lines) + "\n"))
         if not whole:
             for kind, view in kinds.items():
                 put(os.path.join(folder, kind, stem + ".png"), partial(view.save, format="PNG"))
@@ -282,7 +283,7 @@ def raw_split(root, part, captions):
             scenes = dict(line.split(maxsplit=1) for line in file.read().splitlines() if " " in line)
     composed = sum(not captions.get(name) for name in images)
     if composed:
-        print(f"{part}: {composed} of {len(images)} images without a caption: theirs are composed from class names")
+        print(f"{part}: {composed} of {len(images)} images lack a caption: composed from class names")
     return [(path, others["annotations"][name], others.get("annotations_instance", {}).get(name),
              scenes.get(name, "").strip(), captions.get(name, [])) for name, path in images.items()]
 

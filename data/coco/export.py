@@ -69,7 +69,7 @@ def regions(codes, info, classes):
 
 
 def export(name, folder, out, classes):
-    """Write out/panoptic/NAME.png -> (width, height), segments_info, instance annotations; or an error line."""
+    """Write out/panoptic/NAME.png -> (width, height), segments_info, instance annotations; or an error."""
     mask, instance = (os.path.join(folder, kind, name + ".png") for kind in ("masks", "instances"))
     path = os.path.join(out, "panoptic", name + ".png")
     try:
@@ -137,14 +137,16 @@ def write_all(out, classes, names, found):
         image_id = int(name) if numbers else name
         images.append({"id": image_id, "file_name": file, "width": width, "height": height})
         panoptic.append({"image_id": image_id, "file_name": name + ".png", "segments_info": info})
-        instances += [{"id": n, "image_id": image_id, **one} for n, one in enumerate(things, len(instances) + 1)]
+        instances += [{"id": n, "image_id": image_id, **thing}
+                      for n, thing in enumerate(things, len(instances) + 1)]
     shared = {"info": {"description": "pair folder"}, "licenses": [], "images": images}
     things = [c for c in categories if c["isthing"]]
     keys = ("image_id", "category_id", "bbox", "segmentation")
     results = [{**{key: one[key] for key in keys}, "score": 1.0} for one in instances if not one["iscrowd"]]
-    write_json({**shared, "annotations": panoptic, "categories": categories}, os.path.join(out, "panoptic.json"))
-    write_json({**shared, "annotations": instances, "categories": things}, os.path.join(out, "instances.json"))
-    write_json(results, os.path.join(out, "results.json"))
+    for name, data in (("panoptic", {**shared, "annotations": panoptic, "categories": categories}),
+                       ("instances", {**shared, "annotations": instances, "categories": things}),
+                       ("results", results)):
+        write_json(data, os.path.join(out, name + ".json"))
     return sum(len(one["segments_info"]) for one in panoptic), len(instances)
 
 

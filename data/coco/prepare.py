@@ -6,8 +6,8 @@ Captions are COCO's own, or those of any captioner (--captions), or are composed
 
 Differs: things are numbered over the whole image; where more than 254 are in it, within each class, and
          beyond 254 of one class the smallest join its crowd.
-Reads:   RAW/{train2017,val2017}/*.jpg, RAW/annotations/panoptic_{train2017,val2017}.json, their PNG files in a
-         folder of the same name in RAW/annotations or RAW; RAW/annotations/captions_*.json if there
+Reads:   RAW/{train2017,val2017}/*.jpg, RAW/annotations/panoptic_{train2017,val2017}.json, their PNG files
+         in a folder of the same name in RAW/annotations or RAW; RAW/annotations/captions_*.json if there
 Writes:  OUT/{train,val}/{classes.json,images,masks,instances,captions}, by default beside this file
 Needs:   no sibling file
 Run:     python data/coco/prepare.py --root RAW
@@ -146,9 +146,9 @@ def caption_rows(data):
 def caption_file(path):
     """A captioner's file -> {image name without ending: [captions]}.
 
-    JSON or JSONL of {name: caption or captions}, or of entries with the name under "file_name", "image", "name"
-    or "image_id" and what is said under "caption", "captions" or "text". COCO's own captions are read too, and
-    a bare number is padded to COCO's 12 digits.
+    JSON or JSONL of {name: caption or captions}, or of entries with the name under "file_name", "image",
+    "name" or "image_id" and what is said under "caption", "captions" or "text". COCO's own captions
+    are read too, and a bare number is padded to COCO's 12 digits.
     """
     captions = defaultdict(list)
     try:
@@ -165,8 +165,8 @@ def caption_file(path):
     except (OSError, ValueError, TypeError, AttributeError) as error:
         captions = error
     if not captions or isinstance(captions, Exception):
-        sys.exit(f"{path}: JSON or JSONL of image name -> caption was looked for, found {captions or 'none'!r};"
-                 ' write {"NAME.jpg": "a caption", ...}')
+        sys.exit(f"{path}: JSON or JSONL of image name -> caption was looked for, found"
+                 f" {captions or 'none'!r}; write {{\"NAME.jpg\": \"a caption\", ...}}")
     return captions
 
 
@@ -213,7 +213,7 @@ def same_size(source, target, shorter):
 
 
 def made(job, classes, shorter):
-    """A job (image path, PNG path, segments, caption lines, folder) -> image, ids, instances, caption lines."""
+    """A job (image path, PNG path, segments, lines, folder) -> image, ids, instances, caption lines."""
     source, label, segments, lines, _ = job
     image, mask = read(source, cheap=not shorter), read(label)
     size = image.info["size"]
@@ -226,14 +226,15 @@ def made(job, classes, shorter):
     class_of = {c["source_id"]: (i + 1, c["isthing"]) for i, c in enumerate(classes)}
     strange = {segment["category_id"] for segment in segments} - set(class_of)
     if strange:
-        raise ValueError(f"{label}: categories of its JSON were looked for, found id {min(strange)}; take JSON"
+        raise ValueError(f"{label}: known categories were looked for, found id {min(strange)}; take JSON"
                          " and PNG files from the same release")
     ids, instances = views(np.asarray(mask)[..., :3], segments, class_of, label)
     stem = os.path.splitext(os.path.basename(source))[0]
     lines = lines or composed(stem, ids, instances, classes)
     if shorter:
         image = image.convert("RGB").resize(shrunk(size, shorter), Image.LANCZOS)
-    ids, instances = (Image.fromarray(v).resize(shrunk(size, shorter), Image.NEAREST) for v in (ids, instances))
+    size = shrunk(size, shorter)
+    ids, instances = (Image.fromarray(view).resize(size, Image.NEAREST) for view in (ids, instances))
     return image, ids, instances, lines
 
 
@@ -245,7 +246,7 @@ def pair(job, classes, shorter):
     """
     source, _, _, lines, folder = job
     stem, ending = os.path.splitext(os.path.basename(source))
-    target, text = (os.path.join(folder, *end) for end in (("images", stem + ending), ("captions", stem + ".txt")))
+    target = os.path.join(folder, "images", stem + ending)
     try:
         whole = os.path.exists(target)
         if whole and same_size(source, target, shorter):
@@ -253,7 +254,7 @@ def pair(job, classes, shorter):
         if not whole:
             image, ids, instances, lines = made(job, classes, shorter)
         if lines:
-            put(text, partial(write_text, "\n".join(lines) + "\n"))
+            put(os.path.join(folder, "captions", stem + ".txt"), partial(write_text, "\n".join(lines) + "\n"))
         if not whole:
             ids.putpalette(palette(len(classes)))
             put(os.path.join(folder, "instances", stem + ".png"), partial(instances.save, format="PNG"))
@@ -301,7 +302,7 @@ def raw_split(root, path, captions):
     lines = {i: said.get(os.path.splitext(name)[0], []) for i, name in names.items()}
     composed = sum(not found for found in lines.values())
     if composed:
-        print(f"{year}: {composed} of {len(names)} images without a caption: theirs are composed from class names")
+        print(f"{year}: {composed} of {len(names)} images lack a caption: composed from class names")
     return classes, [(os.path.join(photos, names[i]), os.path.join(pngs, marked[i]["file_name"]),
                       marked[i]["segments_info"], lines[i]) for i in sorted(names)]
 
@@ -333,8 +334,8 @@ def main():
     looked = os.path.join(args.root, "annotations", "panoptic_*.json")
     files = [f for f in sorted(glob.glob(looked)) if re.search(r"panoptic_(train|val)\d*\.json$", f)]
     if not files:
-        sys.exit(f"{looked}: panoptic_train2017.json or panoptic_val2017.json was looked for, found none; give"
-                 " as --root the folder that holds COCO's annotations, train2017 and val2017")
+        sys.exit(f"{looked}: panoptic_train2017.json or panoptic_val2017.json was looked for, found none;"
+                 " give as --root the folder that holds COCO's annotations, train2017 and val2017")
     captions = caption_file(args.captions) if args.captions else {}
     names = [re.search("train|val", os.path.basename(file))[0] for file in files]
     splits = {name: raw_split(args.root, file, captions) for name, file in zip(names, files)}

@@ -1,0 +1,2089 @@
+"""Everything the project promises, checked against something it did not write: closed forms, brute force, pycocotools,
+and, where installed, diffusers, transformers and scipy. Real samples are read from the folder that the environment
+variable SEGGEN_TEST_DATA names; without it their tests skip.
+
+    pytest test_all.py
+"""
+import ast
+import contextlib
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import diffusion
+import mask2former as m2f
+import text2mask
+import train as T
+import unet as nets
+from text2mask import clean, components, decode, encode, grow, outlined, palette, segments
+
+
+# ======================================== The codec, the process, both syntheses, the promises about the files
+
+REPO = Path(__file__).resolve().parent
+FILES = ("unet", "diffusion", "text2mask", "mask2img", "masksyn", "imgsyn", "mask2former", "train")
+
+
+def script(*args, ok=True, cwd=None, **environment):
+    """Runs a script of the project; a failure must be one line and not a traceback."""
+    run = subprocess.run([sys.executable, *map(str, args)], cwd=cwd or REPO, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(REPO), **environment})
+    if ok:
+        assert run.returncode == 0, run.stderr[-2000:]
+    else:
+        assert run.returncode != 0 and "Traceback" not in run.stderr, run.stderr[-2000:]
+    return run
+
+
+def bytes_of(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+# ---- the mask codec ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("K", [1, 2, 6, 13, 25, 62, 133, 150, 214])
+def test_codec_round_trip(K):
+    ids = np.random.default_rng(K).integers(0, K + 1, (40, 50)).astype(np.uint8)
+    assert len({tuple(c) for c in palette(K).tolist()}) == K + 2
+    assert (decode(encode(ids, K), K) == ids).all()
+    noisy = np.clip(encode(ids, K).astype(int) + np.random.default_rng(0).integers(-9, 10, (40, 50, 3)), 0, 255)
+    assert (decode(noisy.astype(np.uint8), K) == ids).all()
+
+
+def test_palette_is_the_published_one():
+    assert palette(150)[[1, 2, 6]].tolist() == [[0, 0, 51], [0, 0, 102], [51, 0, 0]]       # wall, building, ceiling
+
+
+def test_decode_gives_ambiguous_pixels_to_void():
+    middle = (palette(150)[1].astype(int) + palette(150)[2]) // 2
+    assert decode(np.full((2, 2, 3), middle, np.uint8), 150).max() == 0
+
+
+def test_components_equal_a_flood_fill():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        values = rng.integers(0, 3, rng.integers(1, 13, 2))
+        label, seen = components(values), np.full(values.shape, -1)
+        for start in np.ndindex(values.shape):
+            stack = [start] if seen[start] < 0 else []
+            while stack:
+                i, j = at = stack.pop()
+                if seen[at] < 0 and values[at] == values[start]:
+                    seen[at] = start[0] * values.shape[1] + start[1]
+                    stack += [(a, b) for a, b in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1))
+                              if 0 <= a < values.shape[0] and 0 <= b < values.shape[1]]
+        assert (label == seen).all()
+
+
+def test_clean_removes_specks_and_keeps_the_rest():
+    ids = np.ones((20, 20), np.uint8)
+    ids[:, 10:] = 2
+    truth = ids.copy()
+    ids[3:5, 3:5], ids[15, 15] = 3, 0
+    assert (clean(ids, 8) == truth).all() and (clean(ids, 4)[3:5, 3:5] == 3).all()
+    assert (grow(np.zeros((3, 3), bool), truth[:3, :3])[0] == truth[:3, :3]).all()       # nothing known: as it was
+
+
+def test_instances_come_back_from_their_outlines():
+    ids, instances = np.ones((32, 32), np.uint8), np.zeros((32, 32), np.uint8)
+    ids[8:20, 4:28], instances[8:20, 4:16], instances[8:20, 16:28] = 2, 1, 2             # two touching things
+    back, found = segments(outlined(ids, instances, 2), [False, True])
+    assert (back == ids).mean() > 0.9 and found.max() == 2
+    assert len({(a, b) for a, b in zip(instances[10:18, 6:26].ravel(), found[10:18, 6:26].ravel())}) <= 4
+    assert segments(ids, [False, True])[1].max() == 1                                    # without edges they are one
+
+
+# ---- the process ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("kind", ["cosine", "scaled_linear"])
+def test_targets_and_to_x0_agree(kind, prediction):
+    schedule = diffusion.Schedule(kind, prediction)
+    x0, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    for t in (10, 500, 900):
+        steps = torch.full((2,), t)
+        x, out = schedule.noised(x0, noise, steps), schedule.target(x0, noise, steps)
+        assert torch.allclose(schedule.to_x0(out, x, schedule.sigmas[t].item()), x0, atol=2e-3)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "ddim", "dpm++", "edm"])
+def test_samplers_reach_a_gaussian_exactly(sampler):
+    """Data of N(m, s^2) has the closed-form denoiser (s^2 x + sigma^2 m) / (s^2 + sigma^2)."""
+    m, s = 0.3, 0.5
+    torch.manual_seed(0)
+    out = diffusion.sample(lambda x, sigma: (s ** 2 * x + sigma ** 2 * m) / (s ** 2 + sigma ** 2),
+                           diffusion.Schedule("cosine", "sample", "trailing"), torch.randn(20000, 1), 100, sampler)
+    assert abs(out.mean() - m) < 0.02 and abs(out.std() - s) < 0.02
+
+
+@pytest.mark.parametrize("steps", [10, 25, 50])
+@pytest.mark.parametrize("sampler", ["euler", "ddim", "dpm++"])
+def test_peer_schedulers_walk_the_same_way(sampler, steps):
+    peers = pytest.importorskip("diffusers")
+    common = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
+    peer = {"euler": lambda: peers.EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1, **common),
+            "ddim": lambda: peers.DDIMScheduler(timestep_spacing="leading", steps_offset=1, clip_sample=False,
+                                                set_alpha_to_one=False, **common),
+            "dpm++": lambda: peers.DPMSolverMultistepScheduler(timestep_spacing="leading", steps_offset=1,
+                                                               final_sigmas_type="zero", **common)}[sampler]()
+    peer.set_timesteps(steps)
+    schedule = diffusion.Schedule()
+    torch.manual_seed(0)
+    noise, mix = torch.randn(2, 4, 8, 8), torch.randn(4, 4) / 3
+    net = lambda x, t: torch.einsum("bchw,dc->bdhw", x, mix) * math.cos(float(t) / 300)          # any network
+    x = noise * peer.init_noise_sigma
+    for t in peer.timesteps:
+        x = peer.step(net(peer.scale_model_input(x, t), t), t, x).prev_sample
+    ours = diffusion.sample(diffusion.denoiser(lambda x, t: net(x, t[0]), schedule, ()), schedule, noise, steps, sampler)
+    assert schedule.grid(steps, sampler)[1] == [float(t) for t in peer.timesteps]
+    if sampler == "ddim":                                                # ours walks in sigma: unit variance at its end
+        ours = ours / math.sqrt(1 + schedule.sigmas[0].item() ** 2)
+    assert (ours - x).abs().max() / x.abs().max() < 1e-4
+
+
+def test_guidance_in_one_batch_equals_two_calls():
+    schedule, net = diffusion.Schedule("cosine", "sample"), diffusion.Points(16)
+    x, arm, null = torch.randn(5, 2), torch.zeros(5, 1, dtype=torch.long), torch.full((5, 1), 2)
+    both = diffusion.denoiser(net, schedule, (arm,), (null,), 3.0)(x, 1.5)
+    yes, no = (diffusion.denoiser(net, schedule, (c,))(x, 1.5) for c in (arm, null))
+    assert torch.allclose(both, no + 3 * (yes - no), atol=1e-5)
+
+
+def toy(out, steps, spoil=None, **more):
+    torch.manual_seed(0)
+    model, schedule = diffusion.Points(16), diffusion.Schedule("cosine", "v_prediction")
+    count = [0]
+
+    def loss(net, batch):
+        count[0] += 1
+        if spoil and count[0] == spoil:
+            return diffusion.loss(net, schedule, batch["x"] * float("nan"), batch["arm"])
+        if more.get("stop") == count[0]:
+            raise KeyboardInterrupt
+        return diffusion.loss(net, schedule, batch["x"], batch["arm"])
+    return diffusion.fit(model, loss, diffusion.Spiral(), out, steps=steps, batch=8, lr=1e-3, device="cpu", save_every=4,
+                         report_every=2, accumulate=more.get("accumulate", 1))
+
+
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
+    toy(tmp_path / "a", 12)
+    with pytest.raises(KeyboardInterrupt):
+        toy(tmp_path / "b", 12, stop=7)
+    toy(tmp_path / "b", 12)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    steps = [[json.loads(line)["step"] for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in "ab"]
+    assert steps[0] == steps[1] == [2, 4, 6, 8, 10, 12]
+
+
+def test_nan_loss_stops_and_keeps_the_last_state(tmp_path):
+    with pytest.raises(SystemExit, match="step 7"):
+        toy(tmp_path, 12, spoil=7)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["step"] == 4 and all(p.isfinite().all() for p in state["model"].values())
+
+
+def test_other_settings_do_not_resume(tmp_path):
+    toy(tmp_path, 4)
+    with pytest.raises(SystemExit, match="steps 4 then, 8 now"):
+        toy(tmp_path, 8)
+
+
+class Boom:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_checkpoints_that_are_none_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = diffusion.Points(8)
+    diffusion.save(model, tmp_path / "good")
+    again = diffusion.load(diffusion.Points, tmp_path / "good")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    whole = (tmp_path / "good" / "model.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-20])
+    (tmp_path / "pickle.safetensors").write_bytes(pickle.dumps(Boom()))
+    (tmp_path / "newer.safetensors").write_bytes(whole.replace(b"seggen-1", b"seggen-9"))
+    for name, words in (("cut.safetensors", "truncated"), ("pickle.safetensors", "never a pickle"),
+                        ("newer.safetensors", "seggen-9"), ("missing", "no such file")):
+        with pytest.raises(SystemExit, match=words):
+            diffusion.read(tmp_path / name, "Points")
+    with pytest.raises(SystemExit, match="Text2Mask"):
+        diffusion.read(tmp_path / "good", "Text2Mask")
+    assert not (tmp_path / "exploded").exists()
+
+
+# ---- the chain --------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """A small drawn world: 12 training pairs."""
+    out = tmp_path_factory.mktemp("world")
+    full = text2mask.dataset_folder("shapes", "train")
+    for split in ("train", "val"):
+        for path, name in text2mask.names_of(full.parent / split)[:12]:
+            for part, end in (("images", path.suffix), ("masks", ".png"), ("instances", ".png"), ("captions", ".txt")):
+                (out / split / part).mkdir(parents=True, exist_ok=True)
+                shutil.copy(full.parent / split / part / f"{name}{end}", out / split / part)
+        shutil.copy(full / "classes.json", out / split)
+    return out
+
+
+def test_generators_train_and_feed_masksyn(shapes, tmp_path):
+    """base -> text2mask -> mask2img -> masksyn, two steps each, at another size."""
+    flags = ("--data", shapes, "--size", "48x32", "--steps", 2, "--batch", 2, "--device", "cpu")
+    script("mask2img.py", "base", "--split", "train", "--out", tmp_path / "base", *flags)
+    script("text2mask.py", "train", "--init", tmp_path / "base", "--out", tmp_path / "t", *flags)
+    script("mask2img.py", "train", "--init", tmp_path / "base", "--out", tmp_path / "m", *flags)
+    base, ours = (diffusion.read(tmp_path / d, k)[1] for d, k in (("base", "TextToImage"), ("m", "Mask2Img")))
+    assert all(torch.equal(base[name], ours[name]) for name in base)                     # the base stayed frozen
+    assert "condition_gap" in (tmp_path / "m" / "log.jsonl").read_text()
+    script("masksyn.py", "--data", shapes, "--text2mask", tmp_path / "t", "--mask2img", tmp_path / "m", "--limit", 3,
+           "--steps", 2, "--mask-steps", 2, "--out", tmp_path / "pairs")
+    assert len(list((tmp_path / "pairs" / "images").glob("*.png"))) == 3
+    assert Image.open(next((tmp_path / "pairs" / "images").glob("*.png"))).size == (48, 32)
+    wrong = script("masksyn.py", "--data", shapes, "--text2mask", tmp_path / "m", "--limit", 1, ok=False)
+    assert "Text2Mask" in wrong.stderr
+
+
+FAST = ("--limit", "6", "--batch", "2", "--steps", "3", "--mask-steps", "3")
+
+
+def test_masksyn_survives_sigkill_and_ends_with_the_same_bytes(shapes, tmp_path):
+    script("masksyn.py", "--data", shapes, *demo(), *FAST, "--out", tmp_path / "whole")
+    run = subprocess.Popen([sys.executable, "masksyn.py", "--data", str(shapes), *map(str, demo()), *FAST, "--out",
+                            str(tmp_path / "killed")], cwd=REPO, stderr=subprocess.DEVNULL)
+    limit = time.time() + 60
+    while time.time() < limit and len(list((tmp_path / "killed").glob("images/[!.]*.png"))) < 3:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert 3 <= len(list((tmp_path / "killed").glob("images/[!.]*.png"))) < 6            # it was caught in the middle
+    script("masksyn.py", "--data", shapes, *demo(), *FAST, "--out", tmp_path / "killed")
+    whole, killed = bytes_of(tmp_path / "whole"), bytes_of(tmp_path / "killed")
+    killed = {name: data for name, data in killed.items() if not name.name.startswith(".")}
+    assert whole == killed
+    names = {p.stem for p in (tmp_path / "whole" / "images").iterdir()}
+    assert names == {p.stem for p in (tmp_path / "whole" / "masks").iterdir()} and len(names) == 6
+    other = script("masksyn.py", "--data", shapes, *demo(), *FAST, "--seed", 1, "--out", tmp_path / "whole", ok=False)
+    assert "other settings" in other.stderr
+
+
+def demo():
+    return "--text2mask", REPO / "weights/shapes/text2mask", "--mask2img", REPO / "weights/shapes/mask2img"
+
+
+def test_two_ranks_write_what_one_writes(shapes, tmp_path):
+    one = dict(OMP_NUM_THREADS="1")
+    script("imgsyn.py", "--data", shapes, *demo()[2:], *FAST[:6], "--out", tmp_path / "one", **one)
+    script("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29517, "imgsyn.py", "--data", shapes,
+           *demo()[2:], *FAST[:6], "--out", tmp_path / "two", **one)
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+
+
+def test_prompt_and_mask_commands(tmp_path):
+    script("text2mask.py", "sample", "--prompt", "a red house by the water — naïve café 日本 " * 9, "--steps", 3, "--out", tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"mask.png", "colours.png", "legend.png"}
+    script("mask2img.py", "sample", "--mask", tmp_path / "mask.png", "--prompt", "a house", "--steps", 2, "--count", 2,
+           "--out", tmp_path / "images.png")
+    assert Image.open(tmp_path / "images.png").width == 3 * 256
+
+
+def spoiled(world, out, how):
+    shutil.copytree(world, out)
+    train = out / "train"
+    image, mask = (sorted((train / part).iterdir())[0] for part in ("images", "masks"))
+    if how == "mask gone":
+        mask.unlink()
+    elif how == "image gone":
+        image.unlink()
+    elif how == "cut":
+        image.write_bytes(image.read_bytes()[:200])
+    elif how == "rgb mask":
+        Image.open(mask).convert("RGB").save(mask)
+    elif how == "other size":
+        Image.open(mask).resize((32, 32), 0).save(mask)
+    elif how == "id 99":
+        Image.fromarray(np.full((64, 64), 99, np.uint8)).save(mask)
+    elif how == "215 classes":
+        (train / "classes.json").write_text(json.dumps([dict(name=str(i), isthing=False) for i in range(215)]))
+    elif how == "empty":
+        shutil.rmtree(train / "images")
+    return out
+
+
+@pytest.mark.parametrize("how, words", [("mask gone", "without a mask"), ("image gone", "without an image"), ("cut", "readable"),
+                                        ("rgb mask", "mode RGB"), ("other size", "must agree"), ("id 99", "class id 99"),
+                                        ("215 classes", "215 classes"), ("empty", "found none")])
+def test_bad_pairs_are_told_in_one_line(shapes, tmp_path, how, words):
+    folder = spoiled(shapes, tmp_path / "world", how) / "train"
+    with pytest.raises(SystemExit, match=words) as error:
+        data = text2mask.Pairs(folder, (64, 64), lambda captions: torch.zeros(len(captions), 8, dtype=torch.long))
+        [data[i, 0] for i in range(len(data))]
+    assert "\n" not in str(error.value)
+
+
+def test_odd_pairs_are_accepted(shapes, tmp_path):
+    """Grey, RGBA and palette images, an all-void mask, an empty caption file, no caption file."""
+    shutil.copytree(shapes / "train", tmp_path / "train")
+    images, masks, captions = (sorted((tmp_path / "train" / part).iterdir()) for part in ("images", "masks", "captions"))
+    for path, mode in zip(images, ("L", "RGBA", "P")):
+        Image.open(path).convert(mode).save(path)
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(masks[0])
+    captions[1].write_text("")
+    captions[2].unlink()
+    data = text2mask.Pairs(tmp_path / "train", (64, 64), lambda c: torch.zeros(len(c), 8, dtype=torch.long))
+    assert all(data[i, 0]["image"].shape == (3, 64, 64) for i in range(len(data)))
+
+
+@pytest.mark.parametrize("command, words", [
+    (("masksyn.py", "--data", "nowhere"), "found none"), (("masksyn.py", "--limit", "0"), "over zero"),
+    (("masksyn.py", "--limit", "-3"), "over zero"), (("imgsyn.py", "--out", "/proc/pairs"), "cannot write"),
+    (("text2mask.py", "train", "--lr", "nan"), "over zero"), (("text2mask.py", "train", "--size", "65"), "multiples of 8"),
+    (("mask2img.py", "sample", "--mask", "nothing.png"), "nothing.png")])
+def test_bad_commands_are_told_in_one_line(command, words):
+    assert words in script(*command, ok=False).stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_cuda():
+    assert "found none" in script("masksyn.py", "--device", "cuda", ok=False).stderr
+
+
+# ---- what the files promise -------------------------------------------------------------------------------------
+
+def siblings(name):
+    tree = ast.parse((REPO / f"{name}.py").read_text())
+    found = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    found |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    return found & set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_needs_line_is_true_and_the_file_copies_alone(name, tmp_path):
+    needs, todo = set(), [name]
+    while todo:
+        needs |= (new := siblings(todo.pop()) - needs)
+        todo += new
+    line = re.search(r"^Needs:(.*(?:\n .*)?)", ast.get_docstring(ast.parse((REPO / f"{name}.py").read_text())), re.M).group(1)
+    assert set(re.findall(r"(\w+)\.py", line)) == needs
+    for each in {name} | needs:
+        shutil.copy(REPO / f"{each}.py", tmp_path)
+    script("-c", f"import {name}", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+
+
+# ======================================== data/shapes
+
+SHAPES = os.path.join(REPO, "data", "shapes", "prepare.py")
+
+
+def shapes_shapes():
+    spec = importlib.util.spec_from_file_location("shapes_prepare", SHAPES)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["shapes_prepare"] = module                          # so that worker processes find it
+    spec.loader.exec_module(module)
+    return module
+
+
+def files(folder):
+    """{relative path: bytes} of everything below a folder."""
+    found = (os.path.join(d, f) for d, _, names in os.walk(folder) for f in names)
+    return {os.path.relpath(p, folder): open(p, "rb").read() for p in found}
+
+
+def small(monkeypatch):
+    module = shapes_shapes()
+    monkeypatch.setattr(module, "SPLITS", {"train": 10, "val": 4, "unseen": 6})
+    return module
+
+
+def test_shapes_same_bytes_for_any_number_of_processes_and_after_an_interruption(tmp_path, monkeypatch):
+    module = small(monkeypatch)
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert module.prepare(str(a), 32, processes=1, unlabelled=3) == 23
+    module.prepare(str(b), 32, processes=2, unlabelled=3)
+    assert files(a) == files(b) and len(files(a)) == 4 * 20 + 2 * 3 + 2 * 3
+    for name in ("train/images/00003.png", "val/images/00001.png", "val/masks/00001.png"):
+        os.remove(b / name)
+    (b / "train/images/00003.png.77.part").write_bytes(b"half")
+    assert module.prepare(str(b), 32, unlabelled=3) == 2 and files(a) == files(b)
+    assert module.prepare(str(b), 32, unlabelled=3) == 0
+
+
+def test_shapes_pair_folder(tmp_path, monkeypatch):
+    module = small(monkeypatch)
+    module.prepare(str(tmp_path), 48, limit_train=5)
+    for split, count in (("train", 5), ("val", 4), ("unseen", 6)):
+        classes = json.load(open(tmp_path / split / "classes.json"))
+        assert [c["name"] for c in classes] == module.CLASSES and len(classes) >= 10
+        assert set(json.load(open(tmp_path / split / "words.json"))) == set(module.CLASSES)
+        for kind in ("images", "masks", "instances", "captions"):
+            assert len(os.listdir(tmp_path / split / kind)) == count
+        for name in os.listdir(tmp_path / split / "masks"):
+            mask = Image.open(tmp_path / split / "masks" / name)
+            assert mask.mode == "P" and mask.size == (48, 48)
+            assert Image.open(tmp_path / split / "images" / name).mode == "RGB"
+            assert Image.open(tmp_path / split / "instances" / name).mode == "L"
+    colours = module.palette(13).tolist()                           # 15 codes, 3 levels a channel
+    assert len({tuple(c) for c in colours}) == 15 and colours[2] == [0, 0, 255] and colours[9] == [0, 128, 0]
+    assert module.palette(150)[[1, 2, 6]].tolist() == [[0, 0, 51], [0, 0, 102], [51, 0, 0]]
+
+
+@pytest.mark.parametrize("style", ["day", "night", "fog", "ink"])
+def test_shapes_captions_masks_and_instances_agree(style):
+    module = shapes_shapes()
+    for i in range(60):
+        s = module.scene(np.random.default_rng((7, i)), 64, style)
+        mask, instances = s["mask"], s["instances"]
+        assert mask.max() <= len(module.CLASSES) and mask.min() >= 1 and s["image"].shape == (64, 64, 3)
+        area = dict(zip(module.CLASSES, np.bincount(mask.ravel(), minlength=len(module.CLASSES) + 1)[1:]))
+        things = np.isin(mask, [module.CLASSES.index(n) + 1 for n in module.THINGS])
+        assert ((instances > 0) == things).all() and area["sky"] > 0
+        for k in range(1, instances.max() + 1):
+            assert len(np.unique(mask[instances == k])) == 1        # numbered without gaps, one class each
+        for k, caption in enumerate(s["captions"]):
+            words = set(re.findall("[a-z]+", caption))
+            named = {n for n in module.CLASSES if words & set(module.WORDS[n])}
+            assert all(area[n] >= 12 for n in named), caption
+            assert len(caption.encode()) <= 110 and caption.strip() == caption and named
+            if k == 0:                                              # a thing of four specks may go unnamed
+                assert all(n in named for n in module.THINGS if area[n] >= 48), caption
+
+
+def test_shapes_counts_in_captions_are_true():
+    module, told = shapes_shapes(), 0
+    for i in range(60):
+        s = module.scene(np.random.default_rng((8, i)))
+        pairs = np.unique(np.stack([s["mask"].ravel(), s["instances"].ravel()]), axis=1).T
+        for noun in ("house", "tree", "boat"):
+            k = module.CLASSES.index(noun) + 1
+            large = [p for p in pairs if p[0] == k and (s["instances"] == p[1]).sum() >= 12]
+            for number, word in ((2, "two"), (3, "three")):
+                if re.search(rf"\b{word}( \w+)? {noun}s\b", s["captions"][0]):
+                    assert len(large) == number, s["captions"][0]
+                    told += 1
+    assert told > 10
+
+
+def test_shapes_scale_with_size_and_differ_with_seed():
+    module = shapes_shapes()
+    for i in range(10):
+        a, b, c = (module.scene(np.random.default_rng((s, i)), n) for s, n in ((1, 32), (1, 96), (2, 32)))
+        assert (a["mask"] == b["mask"][1::3, 1::3]).mean() > .95    # one geometry, two resolutions
+        assert (a["image"] != c["image"]).any()
+
+
+def test_shapes_bad_input(tmp_path):
+    (tmp_path / "file").write_text("")
+    run = lambda *flags: subprocess.run([sys.executable, SHAPES, *map(str, flags)], capture_output=True, text=True)
+    for flags in (("--size", 8), ("--limit-train", -1), ("--limit-train", 0), ("--unlabelled", -5), ("--seed", -1),
+                  ("--out", tmp_path / "file"), ("--processes", 0)):
+        r = run("--out", tmp_path / "never", *flags)
+        assert r.returncode != 0 and len(r.stderr.strip().splitlines()) == 1, (flags, r.stderr)
+        assert "Traceback" not in r.stderr and not (tmp_path / "never").exists()
+
+
+def test_shapes_refuses_to_mix_worlds(tmp_path, monkeypatch):
+    module = small(monkeypatch)
+    module.prepare(str(tmp_path), 32)
+    for options in (dict(size=48), dict(size=32, seed=1), dict(size=32, limit_train=3)):
+        before = files(tmp_path)
+        with pytest.raises(SystemExit, match="--out"):
+            module.prepare(str(tmp_path), **options)
+        assert files(tmp_path) == before
+
+
+def test_shapes_survives_sigkill(tmp_path):
+    command = [sys.executable, SHAPES, "--size", "16", "--limit-train", "40", "--out"]
+    subprocess.run([*command, str(tmp_path / "calm")], check=True, capture_output=True)
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
+    while not os.path.isdir(tmp_path / "killed/unseen/images") or not os.listdir(tmp_path / "killed/train/images"):
+        time.sleep(.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(1)                                                   # its workers end their chunk
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
+    assert files(tmp_path / "calm") == files(tmp_path / "killed")
+
+
+# ======================================== data/camvid, data/ade20k, data/coco
+
+SAMPLES = os.environ.get("SEGGEN_TEST_DATA")
+real = pytest.mark.skipif(not SAMPLES, reason="SEGGEN_TEST_DATA is not set")
+
+
+def call(script, *args, ok=True):
+    """Run a data script; -> its stdout, or the one line of its error."""
+    done = subprocess.run([sys.executable, REPO / "data" / script, *map(str, args)], capture_output=True, text=True)
+    assert (done.returncode == 0) == ok, done.stderr
+    if ok:
+        return done.stdout
+    lines = [line for line in done.stderr.splitlines() if "pairs/s" not in line and "images/s" not in line and line]
+    assert len(lines) == 1 and "looked for" in lines[0] and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+def ids(path):
+    return np.asarray(Image.open(path))
+
+
+def snapshot(folder):
+    """{path: bytes} of every file, and no temporary one among them."""
+    files = {str(f.relative_to(folder)): f.read_bytes() for f in sorted(Path(folder).rglob("*")) if f.is_file()}
+    assert not [name for name in files if ".part" in name]
+    return files
+
+
+def colours(classes):
+    b = min(b for b in range(2, 7) if b ** 3 >= classes + 2)
+    return [[min(255, round(255 / (b - 1)) * d) for d in (v // b % b, v // b ** 2, v % b)] for v in range(classes + 2)]
+
+
+# ---- drawn raw sets, so that most of it is tested without samples
+
+def raw_camvid(root, count=6):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for i in range(count):
+            for kind, array in (("", rng.integers(0, 255, (18, 24, 3))), ("annot", rng.integers(0, 12, (18, 24)))):
+                (root / (split + kind)).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array.astype(np.uint8)).save(root / (split + kind) / f"{split}_{i}.png")
+    return root
+
+
+def raw_ade(root, instances=True):
+    rng = np.random.default_rng(0)
+    root.mkdir(parents=True)
+    names = "".join(f"{k}\t0.1\t1\t1\tclass{k}, other name\n" for k in range(1, 151))
+    (root / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n" + names)
+    for i, part in enumerate(("training", "training", "validation")):
+        name, label = f"ADE_{part[:5]}_{i:08d}", np.zeros((20, 30), np.uint8)
+        if i != 1:
+            label[:10], label[10:, :20] = 1, 8           # wall and (i = 1 stays blank) beds
+        marked = np.zeros((20, 30, 3), np.uint8)
+        marked[5:15, :8] = 1, 7, 0                       # a bed, half of it over the wall
+        marked[10:15, 10:15] = 1, 255, 0                 # another
+        for kind, ending, array in (("images", ".jpg", rng.integers(0, 255, (20, 30, 3))),
+                                    ("annotations", ".png", label), ("annotations_instance", ".png", marked)):
+            if kind != "annotations_instance" or instances:
+                (root / kind / part).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array.astype(np.uint8)).save(root / kind / part / (name + ending))
+    return root
+
+
+def raw_coco(root, segments, size=(40, 50), beside=True):
+    """One image with (segment id, category, crowd, rows, columns) rectangles; categories 3 and 90 things, 200 stuff."""
+    pngs = root / "annotations/panoptic_val2017" if beside else root / "panoptic_val2017"
+    for folder in (pngs, root / "val2017", root / "annotations"):
+        folder.mkdir(parents=True, exist_ok=True)
+    code = np.zeros(size, np.int64)
+    for number, _, _, rows, columns in segments:
+        code[rows, columns] = number
+    Image.fromarray(np.stack([code % 256, code // 256 % 256, code >> 16], -1).astype(np.uint8)).save(pngs / "000000000007.png")
+    Image.fromarray(np.zeros((*size, 3), np.uint8)).save(root / "val2017/000000000007.jpg")
+    info = [{"id": s[0], "category_id": s[1], "iscrowd": s[2]} for s in segments]
+    data = {"images": [{"id": 7, "file_name": "000000000007.jpg", "height": size[0], "width": size[1]}],
+            "annotations": [{"image_id": 7, "file_name": "000000000007.png", "segments_info": info}],
+            "categories": [{"id": 200, "name": "rug-merged", "isthing": 0}, {"id": 3, "name": "car", "isthing": 1},
+                           {"id": 90, "name": "toothbrush", "isthing": 1}]}
+    (root / "annotations/panoptic_val2017.json").write_text(json.dumps(data))
+    return root
+
+
+FEW = [(300, 3, 0, slice(0, 10), slice(0, 10)), (70000, 3, 0, slice(0, 10), slice(10, 30)),
+       (5, 3, 1, slice(10, 20), slice(0, 9)), (9, 200, 0, slice(20, 40), slice(0, 50))]
+
+
+# ---- camvid
+
+def test_camvid_labels_are_shifted_and_void_is_zero(tmp_path):
+    raw, out = raw_camvid(tmp_path / "raw"), tmp_path / "out"
+    call("camvid/prepare.py", "--root", raw, "--out", out)
+    for split in ("train", "val"):
+        classes = json.loads((out / split / "classes.json").read_text())
+        assert len(classes) == 11 and not any(c["isthing"] for c in classes)
+        assert [c["source_id"] for c in classes] == list(range(11)) and classes[8]["name"] == "car"
+        for file in sorted((raw / split).iterdir()):
+            label, mask = ids(raw / (split + "annot") / file.name), Image.open(out / split / "masks" / file.name)
+            assert mask.mode == "P" and np.array_equal(np.asarray(mask), (label + 1) % 12)
+            assert np.array_equal(np.asarray(mask.convert("RGB")), np.array(colours(11))[np.asarray(mask)])
+            assert (out / split / "images" / file.name).resolve() == file.resolve()
+            lines = (out / split / "captions" / (file.stem + ".txt")).read_text().splitlines()
+            assert len(lines) == len(set(lines)) == 3 and "road" in lines[0]
+    assert not (out / "train/instances").exists()
+
+
+def test_camvid_captions_name_what_is_there(tmp_path):
+    raw = raw_camvid(tmp_path / "raw", 1)
+    label = np.full((18, 24), 11, np.uint8)
+    label[:12], label[12:] = 5, 8                                    # trees over cars, nothing else
+    Image.fromarray(label).save(raw / "trainannot/train_0.png")
+    Image.fromarray(np.full_like(label, 11)).save(raw / "valannot/val_0.png")      # all void
+    call("camvid/prepare.py", "--root", raw, "--out", tmp_path)
+    long = (tmp_path / "train/captions/train_0.txt").read_text().splitlines()[0]
+    assert "many trees" in long and "cars" in long and "without sky" in long
+    assert not any(word in long for word in ("road", "pedestrian", "pole", "building"))
+    assert (tmp_path / "val/captions/val_0.txt").read_text().startswith("a ")
+
+
+def test_camvid_size_resizes_masks_by_nearest(tmp_path):
+    raw = raw_camvid(tmp_path / "raw")
+    call("camvid/prepare.py", "--root", raw, "--out", tmp_path, "--size", 13, 7)
+    for file in (tmp_path / "train/masks").iterdir():
+        wanted = Image.fromarray((ids(raw / "trainannot" / file.name) + 1) % 12).resize((13, 7), Image.NEAREST)
+        assert np.array_equal(ids(file), np.asarray(wanted))
+        image = tmp_path / "train/images" / file.name
+        assert Image.open(image).size == (13, 7) and not image.is_symlink()
+    assert "earlier run" in call("camvid/prepare.py", "--root", raw, "--out", tmp_path, ok=False)
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
+    raw = raw_camvid(tmp_path / "raw", 150)
+    call("camvid/prepare.py", "--root", raw, "--out", tmp_path / "whole", "--size", 80, 60)
+    command = [sys.executable, REPO / "data/camvid/prepare.py", "--root", raw, "--out", tmp_path / "out",
+               "--size", "80", "60"]
+    count = lambda: len(list(tmp_path.glob("out/*/images/*.png")))
+    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    while running.poll() is None and count() < 20:
+        time.sleep(0.005)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert 0 < count() < 300
+    for image in tmp_path.glob("out/*/images/*.png"):                # an image means a whole pair
+        assert ids(image.parents[1] / "masks" / image.name).shape == (60, 80)
+    (tmp_path / "out/train/.masks-1-a.png.part").write_bytes(b"cut short")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/images/*.png")}
+    subprocess.run(command, check=True, capture_output=True)
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+
+
+def test_camvid_bad_input_is_one_line(tmp_path):
+    out = tmp_path / "out"
+
+    def error(change, *args):
+        shutil.rmtree(tmp_path / "raw", ignore_errors=True)
+        raw = raw_camvid(tmp_path / "raw", 2)
+        change(raw)
+        shutil.rmtree(out, ignore_errors=True)
+        line = call("camvid/prepare.py", "--root", raw, "--out", out, *args, ok=False)
+        images = {f.stem for f in out.glob("*/images/*")}
+        assert images == {f.stem for f in out.glob("*/masks/*")} == {f.stem for f in out.glob("*/captions/*")}
+        return line
+
+    assert "trainannot" in error(lambda raw: shutil.rmtree(raw / "trainannot"))
+    assert "train" in error(lambda raw: [shutil.rmtree(f) for f in raw.iterdir()])
+    assert "train_1" in error(lambda raw: (raw / "train/train_1.png").unlink())
+    assert "val_0" in error(lambda raw: (raw / "valannot/val_0.png").unlink())
+    assert "9 x 9" in error(lambda raw: Image.new("L", (9, 9)).save(raw / "trainannot/train_0.png"))
+    assert "RGB" in error(lambda raw: Image.new("RGB", (24, 18)).save(raw / "trainannot/train_0.png"))
+    assert "found 12" in error(lambda raw: Image.new("L", (24, 18), 12).save(raw / "trainannot/train_0.png"))
+    for name in ("train", "trainannot"):
+        cut = lambda raw: (raw / name / "train_0.png").write_bytes((raw / name / "train_0.png").read_bytes()[:-60])
+        assert f"{name}/train_0.png" in error(cut)
+        assert f"{name}/train_0.png" in error(lambda raw: (raw / name / "train_0.png").write_text("no picture"))
+    assert "positive" in error(lambda raw: None, "--size", 0, 5)
+    assert "earlier" not in call("camvid/prepare.py", "--root", tmp_path / "nowhere", "--out", out, ok=False)
+    (tmp_path / "file").write_text("")
+    assert "--out" in call("camvid/prepare.py", "--root", tmp_path / "raw", "--out", tmp_path / "file/x", ok=False)
+
+
+# ---- ade20k
+
+def test_ade_instances_agree_with_the_mask(tmp_path):
+    raw = raw_ade(tmp_path / "raw")
+    call("ade20k/prepare.py", "--root", raw, "--out", tmp_path)
+    classes = json.loads((tmp_path / "train/classes.json").read_text())
+    assert len(classes) == 150 and sum(c["isthing"] for c in classes) == 100 and classes[7]["isthing"]
+    assert classes[0] == {"name": "class1", "isthing": False, "source_id": 1}
+    name = "ADE_train_00000000.png"
+    mask, instances = ids(tmp_path / "train/masks" / name), ids(tmp_path / "train/instances" / name)
+    assert np.array_equal(mask, ids(raw / "annotations/training" / name))
+    wanted = np.zeros((20, 30), int)
+    wanted[10:, :20], wanted[10:15, :8], wanted[10:15, 10:15] = 255, 1, 2
+    assert np.array_equal(instances, wanted)
+    blank = "ADE_train_00000001"
+    assert not ids(tmp_path / f"train/masks/{blank}.png").any() and not ids(tmp_path / f"train/instances/{blank}.png").any()
+    assert (tmp_path / f"train/captions/{blank}.txt").read_text().strip()
+
+
+def test_ade_without_instances_has_no_things(tmp_path):
+    call("ade20k/prepare.py", "--root", raw_ade(tmp_path / "raw", False), "--out", tmp_path)
+    assert not any(c["isthing"] for c in json.loads((tmp_path / "train/classes.json").read_text()))
+    assert not (tmp_path / "train/instances").exists()
+
+
+@pytest.mark.parametrize("text", [
+    json.dumps({"ADE_train_00000000": "twin beds", "ADE_train_00000001.jpg": ["a", "b"]}),
+    json.dumps([{"image": "x/ADE_train_00000000.jpg", "caption": "twin\nbeds"}, {"name": "ADE_train_00000001", "text": "a"},
+                {"name": "ADE_train_00000001", "text": "b"}]),
+    '{"file_name": "ADE_train_00000000.jpg", "caption": "twin beds"}\n\n{"ADE_train_00000001": ["a", "b"]}\n'])
+def test_caption_files_in_any_usual_form(tmp_path, text):
+    raw = raw_ade(tmp_path / "raw", False)
+    (tmp_path / "captions.jsonl").write_text(text)
+    call("ade20k/prepare.py", "--root", raw, "--out", tmp_path)
+    image = tmp_path / "train/images/ADE_train_00000000.jpg"
+    then = image.lstat().st_mtime_ns
+    assert "1 of 1" in call("ade20k/prepare.py", "--root", raw, "--out", tmp_path, "--captions", tmp_path / "captions.jsonl")
+    read = lambda i: (tmp_path / f"train/captions/ADE_train_{i:08d}.txt").read_text()
+    assert read(0) == "twin beds\n" and read(1) == "a\nb\n" and image.lstat().st_mtime_ns == then
+    for wrong in ("", "[]", "{}", "[1, 2]", '{"a": 3}', "{", '"text"'):
+        (tmp_path / "wrong.json").write_text(wrong)
+        call("ade20k/prepare.py", "--root", raw, "--out", tmp_path, "--captions", tmp_path / "wrong.json", ok=False)
+
+
+def test_ade_bad_input_is_one_line(tmp_path):
+    def error(change):
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        raw = raw_ade(tmp_path / "raw")
+        change(raw)
+        return call("ade20k/prepare.py", "--root", raw, "--out", tmp_path / "out", ok=False)
+
+    label = "annotations/training/ADE_train_00000000.png"
+    assert "objectInfo150" in error(lambda raw: (raw / "objectInfo150.txt").unlink())
+    assert "found 149" in error(lambda raw: (raw / "objectInfo150.txt").write_text(
+        "\n".join((raw / "objectInfo150.txt").read_text().splitlines()[:-1])))
+    assert "images" in error(lambda raw: shutil.rmtree(raw / "images"))
+    assert "ADE_train_00000000" in error(lambda raw: (raw / label).unlink())
+    assert "found 151" in error(lambda raw: Image.new("L", (30, 20), 151).save(raw / label))
+    assert "RGB" in error(lambda raw: Image.new("RGB", (30, 20)).save(raw / label))
+    assert "(31, 20)" in error(lambda raw: Image.new("L", (31, 20)).save(raw / label))
+    assert "found L" in error(lambda raw: Image.new("L", (30, 20)).save(raw / label.replace("tions/", "tions_instance/")))
+    image = "images/training/ADE_train_00000000.jpg"
+    assert image in error(lambda raw: (raw / image).write_bytes((raw / image).read_bytes()[:-200]))
+
+
+# ---- coco
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_coco_views_of_a_drawn_image(tmp_path, beside):
+    assert "1 of 1" in call("coco/prepare.py", "--root", raw_coco(tmp_path / "raw", FEW, beside=beside), "--out", tmp_path)
+    folder, name = tmp_path / "val", "000000000007.png"
+    classes = json.loads((folder / "classes.json").read_text())
+    assert [(c["source_id"], c["isthing"]) for c in classes] == [(3, True), (90, True), (200, False)]
+    mask, instances = np.zeros((40, 50)), np.zeros((40, 50))
+    mask[:10, :30], mask[10:20, :9], mask[20:] = 1, 1, 3
+    instances[:10, :10], instances[:10, 10:30], instances[10:20, :9] = 2, 1, 255
+    assert np.array_equal(ids(folder / "masks" / name), mask) and np.array_equal(ids(folder / "instances" / name), instances)
+    assert "many cars with rug" in (folder / "captions/000000000007.txt").read_text()
+
+
+def test_coco_with_more_than_254_things_loses_none(tmp_path):
+    many = [(1000 + 50 * r + c, 3 if r < 5 else 90, 0, slice(r, r + 1), slice(c, c + 1)) for r in range(8) for c in range(50)]
+    call("coco/prepare.py", "--root", raw_coco(tmp_path / "raw", many), "--out", tmp_path)
+    call("coco/export.py", tmp_path / "val", "--out", tmp_path / "back")
+    info = json.loads((tmp_path / "back/panoptic.json").read_text())["annotations"][0]["segments_info"]
+    assert len(info) == 400 and sum(s["category_id"] == 3 for s in info) == 250 and not any(s["iscrowd"] for s in info)
+    more = many + [(5000 + 50 * r + c, 3, 0, slice(r, r + 1), slice(c, c + 1)) for r in (8, 9) for c in range(50)]
+    call("coco/prepare.py", "--root", raw_coco(tmp_path / "raw2", more), "--out", tmp_path / "2")
+    mask, instances = (ids(tmp_path / "2/val" / kind / "000000000007.png") for kind in ("masks", "instances"))
+    assert len(np.unique(instances[mask == 1])) == 255 and (instances[mask == 1] == 255).sum() == 350 - 254
+
+
+def test_coco_bad_input_is_one_line(tmp_path):
+    def error(change, segments=FEW):
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        raw = raw_coco(tmp_path / "raw", segments)
+        change(raw)
+        line = call("coco/prepare.py", "--root", raw, "--out", tmp_path / "out", ok=False)
+        assert not list(tmp_path.glob("out/val/*/*"))
+        return line
+
+    def edit(change):
+        def apply(raw):
+            path = raw / "annotations/panoptic_val2017.json"
+            data = json.loads(path.read_text())
+            change(data)
+            path.write_text(json.dumps(data))
+        return apply
+
+    png, photo = "annotations/panoptic_val2017/000000000007.png", "val2017/000000000007.jpg"
+    assert "panoptic_val2017.json" in error(lambda raw: shutil.rmtree(raw / "annotations"))
+    assert "not in its JSON" in error(edit(lambda d: d["annotations"][0]["segments_info"].pop()))
+    assert "not in the PNG" in error(edit(lambda d: d["annotations"][0]["segments_info"].append(
+        {"id": 77, "category_id": 3, "iscrowd": 0})))
+    assert "found id 4" in error(edit(lambda d: d["annotations"][0]["segments_info"][0].update(category_id=4)))
+    assert "only an image for 8" in error(edit(lambda d: d["images"].append({"id": 8, "file_name": "8.jpg"})))
+    assert "only an annotation for 7" in error(edit(lambda d: d["images"][0].update(id=9)))
+    assert "categories" in error(edit(lambda d: d.pop("categories")))
+    assert png.split("/")[1] in error(lambda raw: (raw / png).unlink())
+    assert "val2017" in error(lambda raw: (raw / photo).unlink())
+    assert "val2017" in error(lambda raw: shutil.rmtree(raw / "val2017"))
+    assert "mode L" in error(lambda raw: Image.new("L", (50, 40)).save(raw / png))
+    assert "(9, 9)" in error(lambda raw: Image.new("RGB", (9, 9)).save(raw / png))
+    assert photo in error(lambda raw: (raw / photo).write_bytes((raw / photo).read_bytes()[:300]))
+    assert "JSON file" in error(lambda raw: (raw / "annotations/panoptic_val2017.json").write_text("{"))
+
+
+def test_export_refuses_what_is_no_pair_folder(tmp_path):
+    raw = raw_coco(tmp_path / "raw", FEW)
+    call("coco/prepare.py", "--root", raw, "--out", tmp_path)
+    folder, name = tmp_path / "val", "000000000007.png"
+    keep = (folder / "masks" / name).read_bytes()
+    assert "classes.json" in call("coco/export.py", tmp_path / "raw", ok=False)
+    for wrong, word in ((Image.new("L", (50, 40), 4), "found 4"), (Image.new("RGB", (50, 40)), "RGB"),
+                        (Image.new("L", (9, 9)), "(9, 9)")):
+        wrong.save(folder / "masks" / name)
+        assert word in call("coco/export.py", folder, "--out", tmp_path / "x", ok=False) and not list(tmp_path.glob("x/*.json"))
+    (folder / "masks" / name).write_bytes(keep)
+    assert "--out" in call("coco/export.py", folder, "--out", raw / "val2017/000000000007.jpg/x", ok=False)
+    (folder / "images/000000000007.jpg").rename(folder / "images/8.jpg")
+    call("coco/export.py", folder, "--out", tmp_path / "x", ok=False)
+
+
+@real
+def test_coco_round_trip_gives_the_official_segments(tmp_path):
+    raw = Path(SAMPLES, "coco")
+    call("coco/prepare.py", "--root", raw, "--out", tmp_path)
+    for split in ("train", "val"):
+        call("coco/export.py", tmp_path / split, "--out", tmp_path / "back")
+        theirs = json.loads((raw / f"annotations/panoptic_{split}2017.json").read_text())
+        ours = json.loads((tmp_path / "back/panoptic.json").read_text())
+        assert {(c["id"], c["name"], c["isthing"]) for c in ours["categories"]} == {
+            (c["id"], c["name"], c["isthing"]) for c in theirs["categories"]}
+        marked = {a["image_id"]: a for a in theirs["annotations"]}
+        assert sorted(marked) == [a["image_id"] for a in ours["annotations"]]
+        for one in ours["annotations"]:
+            other = marked[one["image_id"]]
+            maps = [ids(folder / a["file_name"]).astype(np.int64) @ [1, 256, 65536] for folder, a in (
+                (tmp_path / "back/panoptic", one), (raw / f"annotations/panoptic_{split}2017", other))]
+            joined = np.unique(maps[0] << 24 | maps[1])                             # one to one, pixel by pixel
+            joined = np.stack([joined >> 24, joined & 0xFFFFFF], 1)
+            mine, his = ({0: None} | {s["id"]: (s["category_id"], s["iscrowd"], s["area"], s["bbox"])
+                                      for s in a["segments_info"]} for a in (one, other))
+            assert len(joined) == len(np.unique(joined[:, 0])) == len(np.unique(joined[:, 1])) and len(mine) == len(his)
+            assert all(mine[a] == his[b] for a, b in joined.tolist())
+
+
+@real
+def test_coco_export_is_read_by_pycocotools(tmp_path, capsys):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    call("coco/prepare.py", "--root", Path(SAMPLES, "coco"), "--out", tmp_path)
+    assert len((tmp_path / "val/captions/000000000139.txt").read_text().splitlines()) >= 5      # COCO's own
+    call("coco/export.py", tmp_path / "val", "--out", tmp_path / "back")
+    truth = COCO(tmp_path / "back/instances.json")
+    for kind in ("segm", "bbox"):
+        score = COCOeval(truth, truth.loadRes(str(tmp_path / "back/results.json")), kind)
+        score.params.maxDets = [1, 10, 300]
+        score.evaluate(), score.accumulate()
+        precision = score.eval["precision"][:, :, :, 0, -1]
+        assert precision[precision > -1].min() > 0.999
+    first = truth.loadAnns(truth.getAnnIds(139))[0]
+    mask = truth.annToMask(first)
+    assert mask.sum() == first["area"] and mask.shape == ids(tmp_path / "val/masks/000000000139.png").shape
+
+
+@real
+def test_samples_of_camvid_and_ade20k(tmp_path):
+    ade = Path(SAMPLES, "ADEChallengeData2016")
+    call("ade20k/prepare.py", "--root", ade, "--out", tmp_path / "ade", "--size", 64)
+    classes = json.loads((tmp_path / "ade/val/classes.json").read_text())
+    assert classes[11]["name"] == "sidewalk" and len({c["name"] for c in classes}) == 150
+    mask = Image.open(tmp_path / "ade/val/masks/ADE_val_00000001.png")
+    assert min(mask.size) == 64 and mask.getpalette()[3:6] == [0, 0, 51] and mask.getpalette()[18:21] == [51, 0, 0]
+    assert set(np.unique(mask)) <= set(np.unique(ids(ade / "annotations/validation/ADE_val_00000001.png")))
+    call("camvid/prepare.py", "--root", Path(SAMPLES, "camvid"), "--out", tmp_path / "camvid")
+    assert [len(list(tmp_path.glob(f"camvid/{s}/images/*"))) for s in ("train", "val", "test")] == [367, 101, 233]
+    text = (tmp_path / "camvid/test/captions/0001TP_008550.txt").read_text()
+    assert "at dusk" in text and "daylight" not in text
+
+
+# ======================================== train.py
+
+
+CLASSES = [{"name": n, "isthing": t, "source_id": i} for i, (n, t) in enumerate(
+    [("sky", False), ("grass", False), ("ball", True), ("box", True)], 1)]
+COLOURS = np.array([[0, 0, 0], [90, 150, 230], [60, 160, 70], [220, 60, 50], [240, 200, 60]], np.uint8)
+CPU = torch.device("cpu")
+
+
+def scene(rng, size=32):
+    """(H, W, 3) image, (H, W) ids, (H, W) instances of sky, grass, balls and boxes."""
+    ids, inst = np.ones((size, size), np.uint8), np.zeros((size, size), np.uint8)
+    ids[size // 2 + rng.integers(-4, 5):] = 2
+    for n in range(1, 4):
+        y, x, r, c = *rng.integers(4, size - 4, 2), rng.integers(3, 7), rng.integers(3, 5)
+        yy, xx = np.mgrid[:size, :size]
+        there = (yy - y) ** 2 + (xx - x) ** 2 < r * r if c == 3 else np.maximum(abs(yy - y), abs(xx - x)) < r
+        ids[there], inst[there] = c, n
+    image = np.clip(COLOURS[ids] + rng.normal(0, 12, (size, size, 3)), 0, 255).astype(np.uint8)
+    return image, ids, inst
+
+
+def folder(path, n=6, seed=0, size=32, classes=CLASSES, instances=True):
+    rng = np.random.default_rng(seed)
+    for kind in ("images", "masks") + ("instances",) * instances:
+        (path / kind).mkdir(parents=True, exist_ok=True)
+    (path / "classes.json").write_text(json.dumps(classes))
+    for i in range(n):
+        image, ids, inst = scene(rng, size)
+        Image.fromarray(image).save(path / f"images/{i:03d}.png")
+        Image.fromarray(ids).save(path / f"masks/{i:03d}.png")
+        if instances:
+            Image.fromarray(inst).save(path / f"instances/{i:03d}.png")
+    return path
+
+
+def dataset(path, **more):
+    for k, split in enumerate(("train", "val", "unseen")):
+        folder(path / split, seed=k, **more)
+    return path
+
+
+def command(*args, cwd):
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    return subprocess.run([sys.executable, str(REPO / "train.py"), *map(str, args)], cwd=cwd, env=env,
+                          capture_output=True, text=True, timeout=300)
+
+
+def config(**more):
+    return {**dict(recipe="tiny", preset="tiny", task="semantic", steps=4, batch=2, accumulate=1, seed=0, p_synth=0.6,
+                   pretrain=False, size=[32, 32], short=0, longest=0, lr=1e-3, world=1), **more}
+
+
+def truth(seed, size=48):
+    """A truth with void, a crowd and several instances: ids, instances."""
+    rng = np.random.default_rng(seed)
+    _, ids, inst = scene(rng, size)
+    ids[:5, :9] = 0
+    inst[:5, :9] = 0
+    ids[-8:, :12], inst[-8:, :12] = 3, 255
+    return ids, inst
+
+
+def perturbed(ids, inst, seed):
+    """A prediction: shifted, some classes swapped, some segments gone, some on void."""
+    rng = np.random.default_rng(seed + 100)
+    shift = rng.integers(-2, 3, 2)
+    ids, inst = (np.roll(a, shift, (0, 1)).astype(np.int64) for a in (ids, inst))
+    inst[inst == 255] = 9
+    if seed % 3 == 0:
+        ids[inst == 1] = 7 - ids[inst == 1]                           # 3 <-> 4
+    ids[20:24, 20:26] = 0
+    inst[ids == 0] = 0
+    inst[(ids > 2) & (inst == 2)] = 1 if seed % 2 else 2              # two instances run together
+    return ids, inst
+
+
+# ------------------------------------------------------------------------------------------------------ metrics
+
+def test_miou_equals_naive_count():
+    meter, pairs = T.Confusion(CLASSES), []
+    for seed in range(4):
+        ids, _ = truth(seed)
+        ids[ids == 4] = 3                                             # class 4 is absent from the truth
+        guess = perturbed(ids, np.zeros_like(ids), seed)[0]
+        pairs.append((guess, ids))
+        meter.add(guess, ids)
+    guess, ids = (np.concatenate([p[i].ravel() for p in pairs]) for i in (0, 1))
+    guess, ids = guess[ids > 0], ids[ids > 0]
+    ious, accs, freq = [], [], []
+    for c in (1, 2, 3):
+        inter = sum(1 for g, t in zip(guess, ids) if g == c and t == c)
+        union = sum(1 for g, t in zip(guess, ids) if g == c or t == c)
+        total = sum(1 for t in ids if t == c)
+        ious, accs, freq = ious + [inter / union], accs + [inter / total], freq + [total / len(ids)]
+    result = meter.result()
+    assert result["absent"] == 1
+    assert np.isclose(result["mIoU"], 100 * np.mean(ious)) and np.isclose(result["mACC"], 100 * np.mean(accs))
+    assert np.isclose(result["fwIoU"], 100 * np.dot(freq, ious))
+    assert np.isclose(result["pACC"], 100 * np.mean(guess == ids))
+
+
+def slow_pq(cases, isthing):
+    """Panoptic quality from boolean masks, straight from the definition."""
+    stats = {c: [0.0, 0, 0, 0] for c in range(1, len(isthing) + 1)}
+    for (gi, gn), (ti, tn) in cases:
+        segments = lambda ids, num: {(int(c), int(n)): (ids == c) & ((num == n) | (not isthing[c - 1]))  # noqa: E731
+                                     for c, n in {(c, n if isthing[c - 1] else 0) for c, n in
+                                                  zip(ids[ids > 0].tolist(), num[ids > 0].tolist())}}
+        found, true = segments(gi, gn), segments(ti, tn)
+        void, used = ti == 0, set()
+        crowd = {key: m for key, m in true.items() if key[1] == 255 and isthing[key[0] - 1]}
+        for key, t in true.items():
+            if key in crowd:
+                continue
+            hit = [(k, g) for k, g in found.items() if k[0] == key[0]
+                   and (g & t).sum() / ((g | t) & ~(void & g)).sum() > 0.5]
+            assert len(hit) <= 1
+            if hit:
+                used.add(hit[0][0])
+                g = hit[0][1]
+                stats[key[0]][0] += (g & t).sum() / ((g | t) & ~(void & g)).sum()
+                stats[key[0]][1] += 1
+            else:
+                stats[key[0]][3] += 1
+        for key, g in found.items():
+            free = void | np.any([m for k, m in crowd.items() if k[0] == key[0]] or [void], axis=0)
+            if key not in used and (g & free).sum() / g.sum() <= 0.5:
+                stats[key[0]][2] += 1
+    rows = {c: (i / max(tp, 1), tp / (tp + fp / 2 + fn / 2)) for c, (i, tp, fp, fn) in stats.items() if tp + fp + fn}
+    return {"PQ": 100 * np.mean([s * r for s, r in rows.values()]), "SQ": 100 * np.mean([s for s, _ in rows.values()]),
+            "RQ": 100 * np.mean([r for _, r in rows.values()]),
+            "PQ_things": 100 * np.mean([s * r for c, (s, r) in rows.items() if isthing[c - 1]]),
+            "PQ_stuff": 100 * np.mean([s * r for c, (s, r) in rows.items() if not isthing[c - 1]])}
+
+
+def test_pq_equals_the_definition():
+    cases = []
+    for seed in range(12):
+        ids, inst = truth(seed)
+        cases.append((perturbed(ids, inst, seed), (ids, inst)))
+    meter, other = T.PanopticQuality(CLASSES), T.PanopticQuality(CLASSES)
+    for i, case in enumerate(cases):
+        (meter if i % 2 else other).add(*case)
+    meter.merge(other)                                                # as two ranks would
+    result, slow = meter.result(), slow_pq(cases, [c["isthing"] for c in CLASSES])
+    assert 5 < slow["PQ"] < 95 and meter.counts[1:].sum(1).min() > 0
+    for key, value in slow.items():
+        assert np.isclose(result[key], value), key
+
+
+def test_perfect_predictions_score_100():
+    meters = T.Confusion(CLASSES), T.PanopticQuality(CLASSES), T.AveragePrecision(CLASSES)
+    for seed in range(5):
+        ids, inst = truth(seed)
+        guess = inst.astype(np.int64) + (inst == 255) * 1000          # on the crowd, something with the crowd's class
+        meters[0].add(ids.astype(np.int64), ids)
+        meters[1].add((ids.astype(np.int64), guess), (ids, inst))
+        masks = [((ids == c) & (inst == n), c) for c in (3, 4) for n in (1, 2, 3) if ((ids == c) & (inst == n)).any()]
+        meters[2].add([m for m, _ in masks], [c for _, c in masks], [0.9] * len(masks), (ids, inst))
+    for meter in meters:
+        for key, value in meter.result().items():
+            assert key == "absent" or np.isnan(value) or np.isclose(value, 100), key
+
+
+def test_ap_equals_pycocotools():
+    from pycocotools import mask as M
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    meters, gts, dts = (T.AveragePrecision(CLASSES), T.AveragePrecision(CLASSES)), [], []
+    rng = np.random.default_rng(0)
+    for seed in range(10):
+        ids, inst = truth(seed, 96)
+        gi, gn = perturbed(ids, inst, seed)
+        found = [((gi == c) & (gn == n), c, float(rng.random())) for c in (3, 4) for n in range(1, 10)]
+        found = [f for f in found if f[0].any()]
+        meters[seed >= 5].add(*zip(*found), (ids, inst))
+        for c in (3, 4):
+            for n in np.unique(inst[ids == c]):
+                code = M.encode(np.asfortranarray((ids == c) & (inst == n), np.uint8))
+                gts.append(dict(id=len(gts) + 1, image_id=seed, category_id=c, segmentation=code, area=float(M.area(code)),
+                                bbox=M.toBbox(code).tolist(), iscrowd=int(n == 255)))
+        for m, c, s in found:
+            dts.append(dict(image_id=seed, category_id=c, score=s, segmentation=M.encode(np.asfortranarray(m, np.uint8))))
+    meters[0].merge(meters[1])
+    result = meters[0].result()
+    with contextlib.redirect_stdout(io.StringIO()):
+        gt = COCO()
+        gt.dataset = dict(images=[dict(id=i, height=96, width=96) for i in range(10)], annotations=gts, info={},
+                          categories=[dict(id=c, name=str(c)) for c in (3, 4)])
+        gt.createIndex()
+        dt = gt.loadRes(dts)
+        for kind, end in (("segm", ""), ("bbox", "_box")):
+            judge = COCOeval(gt, dt, kind)
+            judge.evaluate(), judge.accumulate(), judge.summarize()
+            for key, value in zip(("AP", "AP50", "AP75", "AP_small", "AP_medium"), judge.stats):
+                value = 100 * value if value >= 0 else np.nan
+                assert np.isclose(result[key + end], value, equal_nan=True), (kind, key, result[key + end], value)
+    assert 5 < result["AP"] < 95
+
+
+# ------------------------------------------------------------------------------------------------- data and loop
+
+def test_replacement_rate_and_determinism(tmp_path):
+    real, synth = (T.Pairs(folder(tmp_path / str(k), seed=k, n=4)) for k in (0, 1))
+    batches = T.Batches(real, [synth], config(batch=8, steps=100))
+    torch.manual_seed(0)
+    drawn = [batches.draw(n, i)[0] for n in range(250) for i in range(8)]
+    assert abs(np.mean([p is synth for p in drawn]) - 0.6) < 0.04
+    a, b = batches[3], T.Batches(real, [synth], config(batch=8, steps=100))[3]
+    assert torch.equal(a[0], b[0]) and all(torch.equal(s["masks"], t["masks"]) for s, t in zip(a[1], b[1]))
+    assert not torch.equal(a[0], batches[4][0])
+    pre = T.Batches(real, [synth], config(steps=10, pretrain=True))
+    assert [pre.draw(n, 0)[0] is synth for n in range(10)] == [True] * 5 + [False] * 5
+    order = [T.Batches(real, [], config(batch=4)).draw(n, i)[1] for n in range(2) for i in range(4)]
+    assert sorted(order[:4]) == sorted(order[4:]) == [0, 1, 2, 3]     # each pass sees every real pair once
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "ade20k", "coco"])
+def test_image_and_mask_are_augmented_together(tmp_path, recipe):
+    from torchvision import tv_tensors
+    rng = np.random.default_rng(0)
+    _, ids, inst = scene(rng, 48)
+    image = torch.from_numpy(np.repeat(ids[None] * 40, 3, 0))         # the image tells the class of each pixel
+    torch.manual_seed(0)
+    for _ in range(5):
+        change = T.augmentation(recipe, 64, 32)
+        change = type(change)([t for t in change.transforms if "Color" not in repr(t) and "Photo" not in repr(t)])
+        got, labels = change(tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(np.stack([ids, inst]))))
+        assert got.shape == (3, 64, 32) and labels.shape == (2, 64, 32)
+        inside = labels[0] > 0
+        assert (got[0][~inside] == 128).float().mean() > 0.6 or not (~inside).any()
+        near = (got[0].float() / 40).round().long() == labels[0].long()
+        assert near[inside].float().mean() > 0.75                     # all but blended borders
+        assert set(labels.unique().tolist()) <= set(range(5))
+
+
+def test_reads_grey_rgba_palette_and_jpg(tmp_path):
+    root = folder(tmp_path / "p", n=4)
+    for i, mode in enumerate(("L", "RGBA", "P")):
+        path = root / f"images/{i:03d}.png"
+        Image.open(path).convert(mode).save(path)
+    Image.open(root / "images/003.png").save(root / "images/003.jpg")
+    (root / "images/003.png").unlink()
+    assert all(T.Pairs(root)[i][0].shape == (3, 32, 32) for i in range(4))
+
+
+def test_resume_equals_no_stop(tmp_path):
+    data = dataset(tmp_path / "d")
+    real, synth = T.Pairs(data / "train"), T.Pairs(data / "unseen")
+    cfg = config(steps=5, accumulate=2)
+    T.RECIPES["tiny"]["save_every"], before = 2, T.RECIPES["tiny"]["save_every"]
+    write = T.save_state
+    try:
+        T.train(T.build(cfg, real.classes, None), T.Batches(real, [synth], cfg), tmp_path / "a", cfg, CPU)
+
+        def stop_at_three(out, model, optimiser, step, cfg):
+            write(out, model, optimiser, step, cfg)
+            if step == 2:
+                raise KeyboardInterrupt
+        T.save_state = stop_at_three
+        with pytest.raises(KeyboardInterrupt):
+            T.train(T.build(cfg, real.classes, None), T.Batches(real, [synth], cfg), tmp_path / "b", cfg, CPU)
+        T.save_state = write
+        T.train(T.build(cfg, real.classes, None), T.Batches(real, [synth], cfg), tmp_path / "b", cfg, CPU)
+    finally:
+        T.save_state, T.RECIPES["tiny"]["save_every"] = write, before
+    a, b = ((tmp_path / run / "model.safetensors").read_bytes() for run in "ab")
+    assert a == b
+    steps = [json.loads(line)["step"] for line in (tmp_path / "b/log.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 5]
+    with pytest.raises(T.BadInput, match="steps 5 then, 6 now"):
+        T.resume(tmp_path / "b", T.build(cfg, real.classes, None), None, dict(cfg, steps=6))
+    (tmp_path / "b/state.pt").write_bytes((tmp_path / "b/state.pt").read_bytes()[:1000])
+    with pytest.raises(T.BadInput, match="delete it"):
+        T.resume(tmp_path / "b", T.build(cfg, real.classes, None), None, cfg)
+
+
+def test_all_void_mask_trains(tmp_path):
+    root = folder(tmp_path / "p", n=2)
+    for path in (root / "masks").iterdir():
+        Image.fromarray(np.zeros((32, 32), np.uint8)).save(path)
+    pairs, before = T.Pairs(root), None
+    for task in T.SCORE:
+        cfg = config(steps=2, task=task)
+        model = T.train(T.build(cfg, pairs.classes, None), T.Batches(pairs, [], cfg), tmp_path / task, cfg, CPU)
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+        assert T.evaluate(model, pairs, cfg, CPU)["images"] == 2
+
+
+def test_nan_loss_stops_and_keeps_the_last_good_state(tmp_path):
+    pairs = T.Pairs(folder(tmp_path / "p"))
+    cfg = config(steps=4)
+    T.RECIPES["tiny"]["save_every"], before = 1, T.RECIPES["tiny"]["save_every"]
+    model = T.build(cfg, pairs.classes, None)
+    write = T.save_state
+
+    def spoil(out, model, optimiser, step, cfg):
+        write(out, model, optimiser, step, cfg)
+        if step == 2:
+            with torch.no_grad():
+                model.decoder.classes.weight.fill_(float("nan"))
+    T.save_state = spoil
+    try:
+        with pytest.raises(T.BadInput, match="at step 3"):
+            T.train(model, T.Batches(pairs, [], cfg), tmp_path / "o", cfg, CPU)
+    finally:
+        T.save_state, T.RECIPES["tiny"]["save_every"] = write, before
+    state = torch.load(tmp_path / "o/state.pt", weights_only=True)
+    assert state["step"] == 2 and all(torch.isfinite(t).all() for t in state["model"].values())
+
+
+def test_sigkill_and_rerun_gives_the_same_bytes(tmp_path):
+    data = dataset(tmp_path / "d")
+    flags = ["--data", data, "--steps", 130, "--batch", 1]
+    assert command(*flags, "--out", tmp_path / "a", cwd=tmp_path).returncode == 0
+    run = subprocess.Popen([sys.executable, str(REPO / "train.py"), *map(str, flags), "--out", str(tmp_path / "b")],
+                           cwd=tmp_path, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)
+    while not (tmp_path / "b/state.pt").exists():
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert not (tmp_path / "b/metrics.json").exists()
+    again = command(*flags, "--out", tmp_path / "b", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    assert Image.open(tmp_path / "b/samples.png").width > 300
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic", "instance"])
+def test_trained_on_eight_it_knows_them(tmp_path, task):
+    """The whole loop learns: a few steps on 8 scenes beat the untrained network by far."""
+    pairs = T.Pairs(folder(tmp_path / "p", n=8))
+    cfg = config(steps=60, batch=4, task=task, lr=1e-3)
+    torch.set_num_threads(2)
+    model = T.build(cfg, pairs.classes, None)
+    before = T.evaluate(model, pairs, cfg, CPU)
+    T.train(model, T.Batches(pairs, [], cfg), tmp_path / "o", cfg, CPU)
+    after = T.evaluate(model, pairs, cfg, CPU)
+    lines = [json.loads(line)["loss"] for line in (tmp_path / "o/log.jsonl").read_text().splitlines()]
+    assert lines[-1] < 0.9 * lines[0]
+    if task == "semantic":
+        assert after["mIoU"] > before["mIoU"] + 20
+
+
+def test_compare_writes_a_table_goes_on_and_shares_arms(tmp_path):
+    data = dataset(tmp_path / "d", n=8)
+    folder(tmp_path / "masksyn", seed=7), folder(tmp_path / "imgsyn", seed=8)
+    flags = ["--data", data, "--compare", "--synth", tmp_path / "masksyn", tmp_path / "imgsyn", "--limit-real", 4, "--steps", 2,
+             "--batch", 2, "--seeds", 0, 1, "--out", tmp_path / "c"]
+    first = command(*flags, "--protocol", "same 100", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    table = json.loads((tmp_path / "c/same 100.json").read_text())
+    assert list(table["arms"]) == ["real only", "+ MaskSyn", "+ ImgSyn", "+ both", "oracle"]
+    gain = table["arms"]["+ both"]["val"]["gain"]["1"]
+    runs = table["runs"]
+    assert np.isclose(gain, runs["+ both"]["1"]["val"]["mIoU"] - runs["real only"]["1"]["val"]["mIoU"])
+    assert "| oracle |" in (tmp_path / "c/same 100.md").read_text() and (tmp_path / "c/same 100.png").exists()
+    assert len(list((tmp_path / "c/runs").iterdir())) == 10
+    folder(tmp_path / "imgsyn", seed=9, n=5)                          # other pairs: only their arms are trained anew
+    assert command(*flags, "--protocol", "other", cwd=tmp_path).returncode == 0
+    assert len(list((tmp_path / "c/runs").iterdir())) == 14
+
+
+def test_eval_only_on_another_folder(tmp_path):
+    data = dataset(tmp_path / "d")
+    assert command("--data", data, "--steps", 1, "--batch", 1, "--out", tmp_path / "o", cwd=tmp_path).returncode == 0
+    done = command("--data", data, "--eval-only", "--out", tmp_path / "o", "--eval-pairs", data / "val", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "mIoU is 1.000 of val's" in done.stdout
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+def spoil(kind, root):
+    train = root / "train"
+    small, masks = np.zeros((8, 8), np.uint8), train / "masks/001.png"
+    if kind == "no mask":
+        masks.unlink()
+    elif kind == "no image":
+        (train / "images/001.png").unlink()
+    elif kind == "size":
+        Image.fromarray(small).save(masks)
+    elif kind == "truncated":
+        path = train / "images/001.png"
+        path.write_bytes(path.read_bytes()[:200])
+    elif kind == "no picture":
+        (train / "images/001.png").write_text("not a picture")
+    elif kind == "ids":
+        Image.fromarray(np.full((32, 32), 5, np.uint8)).save(masks)
+    elif kind == "rgb":
+        Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(masks)
+    elif kind == "empty":
+        for path in (*(train / "images").iterdir(), *(train / "masks").iterdir()):
+            path.unlink()
+    elif kind == "classes":
+        (train / "classes.json").write_text(json.dumps([dict(name=str(i), isthing=False) for i in range(215)]))
+    elif kind == "json":
+        (train / "classes.json").write_text('{"sky": 1}')
+    elif kind == "no classes":
+        (train / "classes.json").unlink()
+    elif kind == "instances":
+        (train / "instances/001.png").unlink()
+
+
+@pytest.mark.parametrize("kind,words", [
+    ("no mask", "masks"), ("no image", "images"), ("size", "same size"), ("truncated", "001.png"), ("ids", "class id 5"),
+    ("no picture", "readable"), ("rgb", "RGB"), ("empty", "looked for pairs"), ("classes", "215 classes"),
+    ("json", "classes.json"), ("no classes", "classes.json"), ("instances", "instances")])
+def test_bad_data_is_told_in_one_line(tmp_path, kind, words):
+    root = dataset(tmp_path)
+    spoil(kind, root)
+    with pytest.raises(T.BadInput, match=words) as caught:
+        T.go(T.flags().parse_args(["--data", str(root), "--steps", "1", "--out", str(tmp_path / "o")]))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "o").exists()
+
+
+def test_bad_commands_end_in_one_line(tmp_path):
+    data = dataset(tmp_path / "d")
+    other = dataset(tmp_path / "other", classes=CLASSES[:3] + [dict(CLASSES[3], name="cup")])
+    (tmp_path / "fake.safetensors").write_bytes(b"\x80\x04nothing")
+    cases = [(["--data", tmp_path / "gone"], "looked for a data set"), (["--data", data, "--steps", "-3"], "over zero"),
+             (["--data", data, "--synth", other / "train"], "first difference at id 4"),
+             (["--data", data, "--device", "cuda"], "CUDA"), (["--data", data, "--p-synth", "1.5"], "probability"),
+             (["--data", data, "--init", tmp_path / "fake.safetensors"], "fake"),
+             (["--data", data, "--eval-only", "--out", tmp_path / "none"], "train one first"),
+             (["--data", data, "--compare", "--arms", "masksyn"], "the arms are")]
+    if torch.cuda.is_available():
+        cases = [c for c in cases if "cuda" not in c[0]]
+    for flags, words in cases:
+        done = command(*flags, cwd=tmp_path)
+        assert done.returncode != 0 and words in done.stderr, (flags, done.stderr)
+        assert "Traceback" not in done.stderr, flags
+
+
+def test_another_data_sets_checkpoint_is_refused(tmp_path):
+    cfg = config()
+    T.save(T.build(cfg, CLASSES, None), str(tmp_path / "model.safetensors"))
+    other = CLASSES[:3]
+    with pytest.raises(T.BadInput, match="trained for 4 classes .* has 3"):
+        T.build(cfg, other, tmp_path / "model.safetensors")
+    model = T.build(cfg, other, tmp_path / "model.safetensors", new_head=True)
+    assert model.config["class_names"] == ["sky", "grass", "ball"] and model.decoder.classes.out_features == 4
+
+
+# ======================================== mask2former.py
+
+TOY = dict(m2f.PRESETS["tiny"], queries=12, points=256)
+
+
+def toy_scene(seed, size=64):
+    """An image of coloured rectangles and its class ids (3 classes, 0 void) and instances."""
+    rng = np.random.default_rng(seed)
+    ids, parts = np.ones((size, size), np.uint8), np.zeros((size, size), np.uint8)
+    for part in (1, 2, 3):
+        y, x = rng.integers(0, size - 20, 2)
+        k = int(rng.integers(2, 4))
+        ids[y:y + 18, x:x + 18], parts[y:y + 18, x:x + 18] = k, part
+    ids[:3] = 0
+    colour = np.array([[0, 0, 0], [90, 160, 240], [220, 60, 40], [40, 180, 60]]) / 255
+    image = colour[ids] + rng.normal(0, 0.03, (size, size, 3))
+    return torch.from_numpy(image).permute(2, 0, 1).float().clamp(0, 1), ids, parts
+
+
+# ---- assignment -----------------------------------------------------------------------------------------------------
+
+def test_hungarian_equals_brute_force():
+    rng = np.random.default_rng(0)
+    for _ in range(1500):
+        n, m = rng.integers(1, 6, 2).tolist()
+        cost = rng.normal(size=(n, m)) if rng.random() < 0.5 else rng.integers(0, 4, (n, m)).astype(float)
+        rows, cols = m2f.hungarian(cost)
+        assert len(rows) == min(n, m) == len(set(cols.tolist())) and (np.diff(rows) > 0).all()
+        wide = cost if n <= m else cost.T
+        best = min(sum(wide[i, j] for i, j in enumerate(p)) for p in itertools.permutations(range(max(n, m)), min(n, m)))
+        assert abs(cost[rows, cols].sum() - best) < 1e-9
+
+
+def test_hungarian_equals_scipy():
+    scipy = pytest.importorskip("scipy.optimize")
+    rng = np.random.default_rng(1)
+    for i in range(3000):
+        n, m = rng.integers(0, 40, 2)
+        cost = rng.normal(size=(n, m)) * 10 if i % 3 else rng.integers(0, 6, (n, m)).astype(float)
+        if i % 7 == 0 and n:
+            cost = cost[:1].repeat(n, 0) + rng.normal(size=(n, m)) * 1e-3               # everyone wants the same column
+        rows, cols = m2f.hungarian(cost)
+        a, b = scipy.linear_sum_assignment(cost)
+        assert len(rows) == len(a) and abs(cost[rows, cols].sum() - cost[a, b].sum()) < 1e-7
+
+
+def test_hungarian_refuses_nan():
+    for bad in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError, match="finite"):
+            m2f.hungarian(np.array([[1.0, bad]]))
+
+
+# ---- layers ---------------------------------------------------------------------------------------------------------
+
+def test_deformable_attention_equals_slow_loop():
+    torch.manual_seed(0)
+    D, heads, sizes = 8, 2, [(2, 3), (4, 5), (7, 9)]
+    layer = m2f.DeformableAttention(D, heads)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.7)
+    N = sum(h * w for h, w in sizes)
+    x, code, places = torch.randn(1, N, D), torch.randn(1, N, D), torch.rand(N, 2)
+    fast = layer(x, code, places, sizes)[0]
+    q, value = (x + code)[0], layer.value(x)[0].view(N, heads, D // heads)
+    offsets = layer.offsets(q).view(N, heads, 3, 4, 2)
+    weights = layer.weights(q).view(N, heads, 12).softmax(-1).view(N, heads, 3, 4)
+    slow = torch.zeros(N, heads, D // heads)
+    for n, head, level, p in itertools.product(range(N), range(heads), range(3), range(4)):
+        h, w = sizes[level]
+        start = sum(a * b for a, b in sizes[:level])
+        px = float(places[n, 0] * w - 0.5 + offsets[n, head, level, p, 0])
+        py = float(places[n, 1] * h - 0.5 + offsets[n, head, level, p, 1])
+        for iy, ix in itertools.product((math.floor(py), math.floor(py) + 1), (math.floor(px), math.floor(px) + 1)):
+            if 0 <= iy < h and 0 <= ix < w:
+                part = (1 - abs(py - iy)) * (1 - abs(px - ix))
+                slow[n, head] += weights[n, head, level, p] * part * value[start + iy * w + ix, head]
+    assert torch.allclose(fast, layer.out(slow.flatten(1)), atol=1e-4)
+
+
+def test_strips_equal_interpolate():
+    masks = torch.randn(3, 17, 13)
+    for size in ((68, 52), (40, 31), (1, 7), (300, 5)):
+        want = F.interpolate(masks[None], size, mode="bilinear", align_corners=False)[0]
+        got = torch.cat([band for _, band in m2f.strips(masks, size)], 1)
+        assert torch.allclose(got, want, atol=1e-5)
+    want = F.interpolate(masks[None], (68, 52), mode="bilinear", align_corners=False)[0][:, :61, :50]
+    got = torch.cat([band for _, band in m2f.strips(masks, (61, 50), (61 / 68, 50 / 52))], 1)
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_batched_equals_single():
+    torch.manual_seed(0)
+    model, x = m2f.Mask2Former(3, **TOY).eval(), torch.rand(3, 3, 48, 64)
+    both, single = model(x), model(x[1:2])
+    assert len(both) == TOY["decoder_layers"] + 1
+    for a, b in zip(both, single):
+        assert torch.allclose(a["class_logits"][1:2], b["class_logits"], atol=1e-4)
+        assert torch.allclose(a["mask_logits"][1:2], b["mask_logits"], atol=1e-3)
+    assert both[-1]["mask_logits"].shape == (3, 12, 24, 32) and both[-1]["class_logits"].shape == (3, 12, 4)
+
+
+# ---- targets and loss -----------------------------------------------------------------------------------------------
+
+def test_targets_of_the_three_tasks():
+    ids = np.array([[0, 1, 1, 2], [2, 2, 2, 3]])
+    parts = np.array([[9, 5, 6, 1], [2, 2, 255, 1]])
+    isthing = [False, True, True]
+    t = m2f.targets(ids, parts, isthing, "semantic")
+    assert t["labels"].tolist() == [0, 1, 2] and t["masks"].sum((1, 2)).tolist() == [2, 4, 1]
+    t = m2f.targets(ids, parts, isthing, "panoptic")
+    assert t["labels"].tolist() == [0, 1, 1, 2] and t["masks"].sum((1, 2)).tolist() == [2, 1, 2, 1]
+    t = m2f.targets(ids, parts, isthing, "instance")
+    assert t["labels"].tolist() == [1, 1, 2] and t["masks"].dtype == torch.bool
+    empty = m2f.targets(np.zeros((4, 4)), None, isthing, "panoptic")
+    assert empty["labels"].shape == (0,) and empty["masks"].shape == (0, 4, 4)
+    with pytest.raises(ValueError, match="class id 9"):
+        m2f.targets(np.full((2, 2), 9), None, isthing, "panoptic")
+
+
+def test_overfits_two_images():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    scenes = [toy_scene(i) for i in range(2)]
+    x = torch.stack([s[0] for s in scenes])
+    isthing = [False, True, True]
+    truth = [m2f.targets(ids, parts, isthing, "panoptic") for _, ids, parts in scenes]
+    model = m2f.Mask2Former(3, isthing=isthing, **TOY)
+    optimiser = torch.optim.AdamW(model.parameters(), 1e-3)
+    first = None
+    for _ in range(120):
+        loss, parts = model.loss(model(x), truth)
+        first = first or loss.item()
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+    assert loss.item() < first / 5 and abs(sum(parts.values()) - loss) < 1e-3
+    seen = right = 0
+    for image, ids, parts in scenes:
+        guess = m2f.predict(model, image, "semantic").numpy() + 1
+        seen, right = seen + (ids > 0).sum(), right + ((guess == ids) & (ids > 0)).sum()
+    assert right / seen > 0.9
+
+
+def test_targets_without_masks_and_with_too_many():
+    torch.manual_seed(0)
+    model, x = m2f.Mask2Former(3, **dict(TOY, queries=4)), torch.rand(2, 3, 32, 32)
+    none = {"labels": torch.zeros(0, dtype=torch.long), "masks": torch.zeros(0, 32, 32, dtype=torch.bool)}
+    many = {"labels": torch.randint(0, 3, (9,)), "masks": torch.rand(9, 32, 32) > 0.7}
+    dot = {"labels": torch.tensor([1]), "masks": torch.zeros(1, 32, 32)}                # a ghost: no pixel of its own
+    for truth in ([none, none], [none, many], [many, dot], [dot, none]):
+        loss, parts = model.loss(model(x), truth)
+        model.zero_grad()
+        loss.backward()
+        assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    loss, parts = model.loss(model(x), [none, none])
+    assert parts["mask"] == 0 and parts["dice"] == 0 and parts["class"] > 0
+
+
+def test_valid_leaves_void_out_of_the_mask_losses():
+    torch.manual_seed(0)
+    model, x = m2f.Mask2Former(2, **TOY), torch.rand(1, 3, 32, 32)
+    outputs, mask = model(x), torch.zeros(1, 32, 32, dtype=torch.bool)
+    mask[:, :16, :16] = True
+    valid = torch.zeros(32, 32, dtype=torch.bool)
+    valid[:16] = True
+    flipped = mask.clone()
+    flipped[:, 20:] = True                                                              # differs only where invalid
+    losses = []
+    for m in (mask, flipped):
+        torch.manual_seed(1)
+        losses.append(model.loss(outputs, [{"labels": torch.tensor([0]), "masks": m, "valid": valid}])[1])
+    assert torch.allclose(losses[0]["mask"], losses[1]["mask"]) and torch.allclose(losses[0]["dice"], losses[1]["dice"])
+
+
+def test_nan_outputs_are_told():
+    model, x = m2f.Mask2Former(3, **TOY), torch.rand(1, 3, 32, 32)
+    outputs = model(x)
+    outputs[0]["class_logits"] = outputs[0]["class_logits"] * float("nan")
+    with pytest.raises(ValueError, match="finite"):
+        model.loss(outputs, [m2f.targets(np.ones((32, 32)))])
+
+
+# ---- inference ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 70), (33, 1), (47, 61)])
+def test_any_image_size(size):
+    torch.manual_seed(0)
+    model = m2f.Mask2Former(3, isthing=[False, True, True], **TOY)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
+    assert m2f.predict(model, image, "semantic").shape == size
+    assert m2f.predict(model, image, "panoptic")[0].shape == size
+    assert all(s["mask"].shape == size for s in m2f.predict(model, image, "instance"))
+    assert m2f.predict(model, image, "semantic", window=24, scales=(0.5, 1.0), flip=True).shape == size
+    assert m2f.predict(model, image, "semantic", short=40).shape == size
+
+
+def test_flip_and_window_agree_with_plain():
+    torch.manual_seed(0)
+    model = m2f.Mask2Former(3, **TOY).eval()
+    image = torch.rand(3, 48, 48)
+    plain = m2f.predict(model, image, "semantic")
+    assert torch.equal(plain, m2f.predict(model, image, "semantic", window=48))          # one window = the whole
+    both = m2f.predict(model, image, "semantic", flip=True)
+    assert torch.equal(both.flip(1), m2f.predict(model, image.flip(2), "semantic", flip=True))
+
+
+def confident(Q=20, K=6, size=96, seed=0):
+    """Saturated logits of overlapping boxes, as a trained network's are; classes 0-2 stuff, 3-5 things."""
+    g = torch.Generator().manual_seed(seed)
+    masks, logits = torch.full((Q, size, size), -12.0), torch.zeros(Q, K + 1)
+    for q in range(Q):
+        y, x, h, w = torch.randint(0, size - 40, (2,), generator=g).tolist() + torch.randint(12, 40, (2,), generator=g).tolist()
+        masks[q, y:y + h, x:x + w] = 12 + q * 0.1
+        logits[q, int(torch.randint(0, K + 1, (1,), generator=g))] = 5 + 5 * float(torch.rand(1, generator=g))
+    return {"class_logits": logits, "mask_logits": masks}
+
+
+def test_postprocessing_equals_transformers():
+    pytest.importorskip("transformers")
+    from transformers import Mask2FormerImageProcessor
+    processor, size, isthing = Mask2FormerImageProcessor(), (384, 384), [False] * 3 + [True] * 3
+    for seed in range(4):
+        pred = confident(seed=seed)
+        theirs_in = SimpleNamespace(class_queries_logits=pred["class_logits"][None], masks_queries_logits=pred["mask_logits"][None])
+        ours = m2f.semantic(pred, size)
+        theirs = processor.post_process_semantic_segmentation(theirs_in)[0]
+        assert torch.equal(ours, theirs)
+        segment_map, segments = m2f.panoptic(pred, size, isthing)
+        them = processor.post_process_panoptic_segmentation(theirs_in, threshold=0.8, label_ids_to_fuse={0, 1, 2})[0]
+        assert segments and len(segments) == len({s["id"] for s in them["segments_info"]})
+        for s in segments:                        # they also keep pixels whose winner's own mask says no: compare where it says yes
+            their_ids = them["segmentation"][segment_map == s["id"]].unique().tolist()
+            assert len(their_ids) == 1
+            assert {t["label_id"] for t in them["segments_info"] if t["id"] == their_ids[0]} == {s["class"]}
+        ours = m2f.instance(pred, size, top=20)
+        them = processor.post_process_instance_segmentation(theirs_in, threshold=0.0, return_binary_maps=True)[0]
+        theirs = sorted(((round(s["score"], 4), s["label_id"], int(m.sum())) for s, m in
+                         zip(them["segments_info"], them["segmentation"])), reverse=True)
+        assert sorted(((round(s["score"], 4), s["class"], int(s["mask"].sum())) for s in ours), reverse=True) == theirs
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+def test_save_and_load(tmp_path):
+    model = m2f.Mask2Former(3, isthing=[False, True, True], class_names=["a", "b", "c"], task="instance", **TOY)
+    m2f.save(model, tmp_path / "a" / "model.safetensors")
+    again = m2f.load(tmp_path / "a")
+    assert again.config == json.loads(json.dumps(model.config)) and not again.training
+    for (k, a), (j, b) in zip(model.state_dict().items(), again.state_dict().items()):
+        assert k == j and torch.equal(a, b)
+    half = m2f.Mask2Former(3, **TOY).half()
+    m2f.save(half, tmp_path / "half.safetensors")
+    assert all(p.dtype == torch.float32 for p in m2f.load(tmp_path / "half.safetensors").parameters())
+    assert not [f for f in os.listdir(tmp_path) if f.endswith(".part")]
+
+
+def test_bad_weights_end_in_one_line(tmp_path):
+    model = m2f.Mask2Former(3, **TOY)
+    whole = tmp_path / "model.safetensors"
+    m2f.save(model, whole)
+    (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:5000])
+    torch.save({"x": torch.zeros(1)}, tmp_path / "p.safetensors")
+    torch.save({"x": torch.zeros(1)}, tmp_path / "p.bin")
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(whole)
+    meta = {"format": "seggen-1", "class": "Mask2Former", "config": json.dumps(model.config)}
+    save_file({k: v for k, v in tensors.items() if k != "decoder.level"}, tmp_path / "missing.safetensors", meta)
+    save_file(dict(tensors, more=torch.zeros(1)), tmp_path / "extra.safetensors", meta)
+    save_file(tensors, tmp_path / "shape.safetensors", dict(meta, config=json.dumps(dict(model.config, num_classes=4))))
+    save_file(tensors, tmp_path / "other.safetensors", dict(meta, **{"class": "UNet"}))
+    (tmp_path / "bare").mkdir()
+    save_file(tensors, tmp_path / "bare" / "model.safetensors")
+    for name, words in {"nothing": "no such", "cut.safetensors": "not a whole", "p.safetensors": "pickle", "p.bin": "pickle",
+                        "missing.safetensors": "decoder.level", "extra.safetensors": "more", "shape.safetensors": "classes",
+                        "other.safetensors": "UNet", "bare": "config.json"}.items():
+        with pytest.raises(SystemExit, match=words) as error:
+            m2f.load(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def public_model(name="swin_t", K=7, queries=100):
+    transformers = pytest.importorskip("transformers")
+    width, depths, heads, window = m2f.SWINS[name]
+    swin = transformers.SwinConfig(embed_dim=width, depths=list(depths), num_heads=list(heads), window_size=window,
+                                   drop_path_rate=0.3, out_features=["stage1", "stage2", "stage3", "stage4"])
+    config = transformers.Mask2FormerConfig(backbone_config=swin, num_labels=K, num_queries=queries)
+    return transformers.Mask2FormerForUniversalSegmentation(config).eval()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """transformers' model with random weights of a livelier scale, and ours that read its folder."""
+    torch.manual_seed(0)
+    theirs = public_model()
+    with torch.no_grad():
+        for k, p in theirs.named_parameters():
+            if "relative_position_bias_table" in k or "sampling_offsets.weight" in k or "attention_weights" in k:
+                p.normal_(std=0.05)
+            elif "layernorm" in k or "norm" in k:
+                p.add_(torch.randn_like(p) * 0.1)
+            elif "encoder.layers" in k and p.dim() == 2 or k.endswith("bias"):
+                p.add_(torch.randn_like(p) * 0.02)
+    folder = tmp_path_factory.mktemp("mask2former-swin-tiny-coco-instance")
+    theirs.save_pretrained(folder)
+    return theirs, m2f.load(folder), folder
+
+
+def both_run(pair, size, seed=0):
+    theirs, ours, _ = pair
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(1, 3, *size, generator=g)
+    with torch.no_grad():
+        a = theirs((x - ours.mean) / ours.std, output_auxiliary_logits=True)
+        b = ours(x)
+    a = [*a.auxiliary_logits, {"class_queries_logits": a.class_queries_logits, "masks_queries_logits": a.masks_queries_logits}]
+    return a, b
+
+
+@pytest.mark.parametrize("size", [(128, 160), (101, 74), (5, 90)])
+def test_outputs_equal_transformers(pair, size):
+    theirs, ours = both_run(pair, size)
+    assert len(theirs) == len(ours) == 10
+    for a, b in zip(theirs, ours):
+        for x, y in ((a["class_queries_logits"], b["class_logits"]), (a["masks_queries_logits"], b["mask_logits"])):
+            assert x.shape == y.shape and (x - y).abs().max() < 1e-4 * x.abs().max()
+
+
+def same_points(*size, **kw):
+    """Stands in for torch.rand: the same points for every mask, whoever asks, in any order."""
+    g = torch.Generator().manual_seed(size[-2])
+    return torch.empty(1, *size[-2:]).uniform_(generator=g).repeat(*size[:-2], 1, 1)
+
+
+def test_loss_and_gradients_equal_transformers(pair, monkeypatch):
+    theirs, ours, _ = pair
+    scenes = [toy_scene(i) for i in (3, 4)]
+    x = torch.stack([s[0] for s in scenes])
+    truth = [m2f.targets(ids, parts, [False, True, True], "panoptic") for _, ids, parts in scenes]
+    monkeypatch.setattr(torch, "rand", same_points)
+    a = theirs((x - ours.mean) / ours.std, mask_labels=[t["masks"].float() for t in truth],
+               class_labels=[t["labels"] for t in truth]).loss
+    b, _ = ours.loss(ours(x), truth)
+    assert abs(a - b) < 1e-4 * abs(a)
+    for model, loss in ((theirs, a), (ours, b)):
+        model.zero_grad()
+        loss.backward()
+    want = m2f.renamed({k: p.grad for k, p in theirs.named_parameters() if p.grad is not None})
+    got = {k: p.grad for k, p in ours.named_parameters()}
+    assert set(want) == set(got)
+    top = max(g.abs().max() for g in want.values())
+    for k in want:
+        assert (want[k] - got[k]).abs().max() < 1e-3 * want[k].abs().max() + 1e-5 * top, k
+
+
+@pytest.mark.parametrize("name, queries", [("swin_t", 100), ("swin_s", 100), ("swin_b", 100), ("swin_l", 200)])
+def test_every_size_by_key_and_shape(name, queries):
+    pytest.importorskip("transformers")
+    with torch.device("meta"):
+        theirs, ours = public_model(name, 133, queries).state_dict(), m2f.Mask2Former(133, name, queries=queries).state_dict()
+    theirs = m2f.renamed(theirs)
+    assert {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in ours.items()}
+
+
+def test_finds_task_and_size_in_the_folder(pair):
+    _, ours, folder = pair
+    assert ours.config["task"] == "instance" and ours.config["backbone"] == "swin_t" and ours.config["num_classes"] == 7
+    with open(folder / "config.json") as f:
+        config = json.load(f)
+    config["backbone_config"]["embed_dim"] = 100
+    other = folder / "odd"
+    other.mkdir()
+    os.link(folder / "model.safetensors", other / "model.safetensors")
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="swin_t"):
+        m2f.load(other)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "swin_t"])
+def test_big_backbones_train_a_step(name):
+    torch.manual_seed(0)
+    model = m2f.Mask2Former(3, name, queries=8, encoder_layers=1, decoder_layers=2, points=64)
+    _, ids, _ = toy_scene(0)
+    loss, _ = model.loss(model(torch.rand(1, 3, 64, 64)), [m2f.targets(ids)])
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.decoder.parameters())
+
+
+def test_command_line_draws_overlays(tmp_path):
+    model = m2f.Mask2Former(3, class_names=["sky", "house", "tree"], task="semantic", **TOY)
+    m2f.save(model, tmp_path / "model.safetensors")
+    for i, mode in enumerate(("RGB", "L", "RGBA", "P")):
+        Image.fromarray((toy_scene(i)[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)).convert(mode).save(tmp_path / f"{mode}.png")
+    images = [str(tmp_path / f"{mode}.png") for mode in ("RGB", "L", "RGBA", "P")]
+    script = [sys.executable, m2f.__file__, "--weights", str(tmp_path), "--out", str(tmp_path / "out")]
+    done = subprocess.run(script + images, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(f"{mode}.png" for mode in ("RGB", "L", "RGBA", "P"))
+    assert min(Image.open(tmp_path / "out" / "RGB.png").size) >= 512
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG no")
+    done = subprocess.run(script + [str(tmp_path / "broken.png")], capture_output=True, text=True)
+    assert done.returncode != 0 and "broken.png" in done.stderr and "Traceback" not in done.stderr
+
+
+# ======================================== unet.py
+
+SMALL = dict(in_channels=4, out_channels=4, block_out_channels=(32, 64, 96), layers_per_block=2,
+             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+             transformer_layers_per_block=(1, 2, 3), attention_head_dim=(2, 4, 6), cross_attention_dim=48,
+             addition_time_embed_dim=8, projection_class_embeddings_input_dim=32 + 6 * 8, norm_num_groups=8)
+
+
+def error(ours, theirs):
+    """Largest difference, relative to the scale of what is right."""
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def noisy(net, seed=0):
+    """The module with random weights everywhere: zero-initialised layers would hide what is behind them.
+
+    Weights keep the scale of their fan-in and norms stay near 1, as in a trained network: with much smaller ones the
+    norms divide by nearly nothing, and fp32 itself is off by more than 1e-5 (public VAE against itself in fp64)."""
+    torch.manual_seed(seed)
+    for name, p in net.named_parameters():
+        torch.nn.init.normal_(p, std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
+        if p.ndim == 1 and "norm" in name and name.endswith("weight"):
+            p.data += 1
+    return net.eval()
+
+
+def public_unet(**changes):
+    diffusers = pytest.importorskip("diffusers")
+    up = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+    return noisy(diffusers.UNet2DConditionModel(**SMALL | changes, up_block_types=up, use_linear_projection=True,
+                                                addition_embed_type="text_time"))
+
+
+def inputs(size=(24, 16), seed=1):
+    """x, t, context, pooled, time_ids of two samples; no two numbers alike."""
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(2, 4, *size, generator=g), torch.tensor([7.0, 801.5]), torch.randn(2, 5, 48, generator=g),
+            torch.randn(2, 32, generator=g), torch.tensor([[512., 640, 0, 16, 768, 768], [300, 200, 5, 0, 1024, 512]]))
+
+
+def public_call(net, x, t, context, pooled, time_ids, **more):
+    """Both public networks want one t a call here: they take (B,) too."""
+    return net(x, t, context, added_cond_kwargs=dict(text_embeds=pooled, time_ids=time_ids), return_dict=False, **more)
+
+
+def public_config(net):
+    """What a config.json holds: JSON turns tuples into lists."""
+    return json.loads(json.dumps(dict(net.config)))
+
+
+# ---- public implementations ---------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_unet_equals_the_public_one():
+    theirs = public_unet()
+    ours = nets.UNet.from_config(public_config(theirs))
+    ours.load_state_dict(theirs.state_dict())
+    for size in ((24, 16), (20, 12), (18, 14)):                 # the last two have an odd grid on the way down
+        data = inputs(size)
+        right = public_call(theirs, *data)[0]
+        assert error(ours(*data), right) < 1e-5
+        x, t, context, pooled, time_ids = data
+        assert error(ours(x, t, ours.project_text(context), pooled, time_ids), right) < 1e-5
+    assert error(ours(*inputs(seed=2)), public_call(theirs, *inputs())[0]) > 0.01       # the inputs matter
+
+
+@torch.no_grad()
+def test_controlnet_equals_the_public_one():
+    diffusers = pytest.importorskip("diffusers")
+    base = public_unet()
+    theirs = noisy(diffusers.ControlNetModel.from_unet(base), seed=3)
+    ours, unet = nets.ControlNet.from_config(public_config(theirs)), nets.UNet.from_config(public_config(base))
+    ours.load_state_dict(theirs.state_dict())
+    unet.load_state_dict(base.state_dict())
+    data, cond = inputs(), torch.rand(2, 3, 24 * 8, 16 * 8)
+    for scale in (1.0, 0.3):
+        down, middle = public_call(theirs, *data, controlnet_cond=cond, conditioning_scale=scale)
+        residuals = ours(*data, cond, scale)
+        assert len(residuals[0]) == len(down) and residuals[2] is None
+        assert all(error(a, b) < 1e-5 for a, b in zip(residuals[0] + [residuals[1]], [*down, middle]))
+        right = public_call(base, *data, down_block_additional_residuals=down, mid_block_additional_residual=middle)[0]
+        assert error(unet(*data, residuals), right) < 1e-5
+        assert error(unet(*data), right) > 0.01
+
+
+def test_gradients_equal_the_public_ones():
+    theirs = public_unet()
+    ours = nets.UNet.from_config(public_config(theirs)).recompute()
+    ours.load_state_dict(theirs.state_dict())
+    public_call(theirs, *inputs())[0].square().sum().backward()
+    ours(*inputs()).square().sum().backward()
+    right = dict(theirs.named_parameters())
+    scale = max(p.grad.abs().max() for p in right.values())
+    assert all((p.grad - right[k].grad).abs().max() < 1e-5 * scale for k, p in ours.named_parameters())
+
+
+def test_what_we_write_opens_in_the_public_library(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    from safetensors.torch import save_file
+    ours = noisy(nets.UNet(**SMALL))
+    control = noisy(nets.ControlNet.from_unet(ours))
+    data, cond = inputs(), torch.rand(2, 3, 24 * 8, 16 * 8)
+    for net, cls in ((ours, diffusers.UNet2DConditionModel), (control, diffusers.ControlNetModel)):
+        (tmp_path / "config.json").write_text(json.dumps(net.public_config()))
+        save_file(net.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
+        theirs = cls.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+        with torch.no_grad():
+            if net is ours:
+                assert error(ours(*data), public_call(theirs, *data)[0]) < 1e-5
+            else:
+                right = public_call(theirs, *data, controlnet_cond=cond)[1]
+                assert error(control(*data, cond)[1], right) < 1e-5
+
+
+@torch.no_grad()
+def test_vae_equals_the_public_one():
+    diffusers = pytest.importorskip("diffusers")
+    theirs = noisy(diffusers.AutoencoderKL(
+        block_out_channels=(16, 32, 32, 48), layers_per_block=2, norm_num_groups=8, scaling_factor=0.13025,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4))
+    ours = nets.VAE.from_config(public_config(theirs))
+    ours.load_state_dict(theirs.state_dict())
+    x, z = torch.randn(3, 3, 64, 48), torch.randn(3, 4, 8, 6)
+    right = theirs.encode(x).latent_dist
+    mean, std = ours.moments(x, slices=2)
+    assert error(mean, right.mean) < 1e-5 and error(std, right.std) < 1e-5
+    torch.manual_seed(0)
+    sample = ours.encode(x)
+    torch.manual_seed(0)
+    assert error(sample, (right.mean + right.std * torch.randn_like(mean)) * 0.13025) < 1e-5
+    assert error(ours.decode(z * 0.13025, slices=2), theirs.decode(z).sample) < 1e-5
+    ours, theirs, z = ours.double(), theirs.double(), z.double()
+    assert error(ours.decode(z * 0.13025), theirs.decode(z).sample) < 1e-11             # not a rounding apart
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("act, projection, eos, pad", [("quick_gelu", False, 2, 299), ("gelu", True, 2, 0),
+                                                       ("gelu", True, 299, 299)])
+def test_clip_equals_the_public_one(act, projection, eos, pad):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPTextConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        projection_dim=24, hidden_act=act, eos_token_id=eos, bos_token_id=0, pad_token_id=1)
+    cls = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    theirs = noisy(cls(config))
+    state = json.loads(config.to_json_string(use_diff=False))
+    ours = nets.CLIPText.from_config({k: state[k] for k in state if k in nets.public_arguments(nets.CLIPText)}
+                                     | {"architectures": [cls.__name__], "model_type": "clip_text_model"})
+    ours.load_state_dict(theirs.state_dict())
+    tokens = torch.randint(0, 290, (3, 77))
+    for row, end in zip(tokens, (5, 40, 76)):
+        row[0], row[end:] = 298, pad
+        row[end] = 299
+    right = theirs(tokens, output_hidden_states=True)
+    context, pooled = ours(tokens)
+    assert error(context, right.hidden_states[-2]) < 1e-5
+    assert error(pooled, right.text_embeds if projection else right.pooler_output) < 1e-5
+
+
+def test_full_sdxl_has_the_public_keys_and_shapes():
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    with torch.device("meta"):
+        ours = nets.UNet()
+        theirs = diffusers.UNet2DConditionModel(**ours.public_config())
+        pairs = [(ours, theirs), (nets.ControlNet(), diffusers.ControlNetModel.from_unet(theirs, load_weights_from_unet=False)),
+                 (nets.VAE(), diffusers.AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+                                                      down_block_types=("DownEncoderBlock2D",) * 4,
+                                                      up_block_types=("UpDecoderBlock2D",) * 4))]
+        shape = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20)
+        config = transformers.CLIPTextConfig(**shape, projection_dim=1280, hidden_act="gelu")
+        pairs.append((nets.CLIPText(**nets.PRESETS["sdxl"]["text_encoder_2"]),
+                      transformers.CLIPTextModelWithProjection(config)))
+    assert tuple(theirs.config.up_block_types) == ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+    for ours, theirs in pairs:
+        assert ({k: v.shape for k, v in ours.state_dict().items()} ==
+                {k: v.shape for k, v in theirs.state_dict().items()}), type(ours).__name__
+
+
+def write_tokenizer(folder):
+    """A small vocabulary in CLIP's format, its merges trained on the captions below."""
+    words = [[c for c in w] for w in " ".join(CAPTIONS).lower().split() if w.isascii() and w.isalpha()]
+    for w in words:
+        w[-1] += "</w>"
+    merges = []
+    while len(merges) < 60:
+        pairs = [p for w in words for p in zip(w, w[1:])]
+        pair = max(sorted(set(pairs)), key=pairs.count)
+        merges.append(pair)
+        words = [nets.merged(w, pair) for w in words]
+    single = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]]
+    vocab = single + [c + "</w>" for c in single] + ["".join(p) for p in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    os.makedirs(folder, exist_ok=True)
+    with open(folder / "vocab.json", "w", encoding="utf-8") as f:
+        json.dump({v: i for i, v in enumerate(vocab)}, f)
+    with open(folder / "merges.txt", "w", encoding="utf-8") as f:
+        f.write("#version: 0.2\n" + "".join(" ".join(p) + "\n" for p in merges))
+
+
+CAPTIONS = [
+    "A woman's cat, that's 12 years old, isn't on the red and white mat!!", "they're we've I'm he'll you'd don't 'tis ''s 'S",
+    "a   tab\tand\nnew line\u00a0no break \u3000wide \u2028 line \x1c \x85 next", "", "   ", "...", "3.14159 \u00bd \u00b2 \u2167 \u0663",
+    "caf\u00e9 cafe\u0301 na\u00efve \u00dcber \u0130stanbul \u03a3\u03af\u03c3\u03c5\u03c6\u03bf\u03c2 \u039f\u0394\u039f\u03a3 \u00df \u1e9e \ufb01",
+    "\U0001f642\U0001f469\u200d\U0001f4bb flag \U0001f1e9\U0001f1ea \u2764\ufe0f emoji\U0001f600text", "\u4e00\u53ea\u732b \u0441\u043e\u0431\u0430\u043a\u0430 \u05d7\u05ea\u05d5\u05dc \u0939\u093f\u0928\u094d\u0926\u0940",
+    "a long caption " * 40, "x" * 300, "under_score a-b c/d #tag @you 100% $5 <b> a<|endoftext|>b <|startoftext|> <|ENDOFTEXT|>",
+    "zero\u200bwidth soft\u00adhyphen \x00 nul \x7f del \ue000 private", "\u1e9b\u0323 \uac00 \u1100\u1161 \u212b \u2126",
+]
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
+def test_tokenizer_equals_the_public_one(tmp_path, pad):
+    transformers = pytest.importorskip("transformers")
+    write_tokenizer(tmp_path)
+    theirs = transformers.CLIPTokenizer.from_pretrained(str(tmp_path), pad_token=pad)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": pad}))
+    ours = nets.CLIPTokenizer(tmp_path)
+    captions = list(CAPTIONS)
+    folder = os.environ.get("SEGGEN_TEST_DATA")
+    if folder:
+        with open(os.path.join(folder, "coco", "annotations", "captions_val2017.json")) as f:
+            captions += [a["caption"] for a in json.load(f)["annotations"]]
+    rng = random.Random(0)
+    letters = "".join(CAPTIONS)
+    captions += ["".join(rng.choices(letters, k=30)) for _ in range(300)]
+    for caption in captions:
+        right = theirs(caption, padding="max_length", max_length=77, truncation=True)["input_ids"]
+        assert ours([caption])[0].tolist() == right, caption
+    theirs.save_pretrained(tmp_path / "saved")                  # recent versions write tokenizer.json alone
+    assert torch.equal(nets.CLIPTokenizer(tmp_path / "saved")(captions), ours(captions))
+
+
+# ---- properties ---------------------------------------------------------------------------------------------------
+
+def tiny(seed=0):
+    """UNet, ControlNet, TextEncoder of the tiny preset with noise in all weights but the ControlNet's own."""
+    torch.manual_seed(seed)
+    preset = nets.PRESETS["tiny"]
+    unet, text = noisy(nets.UNet(**preset["unet"])), nets.TextEncoder(**preset["text"]).eval()
+    return unet, nets.ControlNet.from_unet(unet, **preset["controlnet"]).eval(), text
+
+
+def tiny_inputs(text, captions):
+    torch.manual_seed(1)
+    b = len(captions)
+    context, pooled = text(text.tokenize(captions))
+    ids = torch.tensor([[64, 64, 0, 0, 64, 64]] * b)
+    return torch.randn(b, 3, 64, 64), torch.linspace(10, 900, b), context, pooled, ids
+
+
+@torch.no_grad()
+def test_controlnet_adds_nothing_until_trained_and_something_after():
+    unet, control, text = tiny()
+    data, cond = tiny_inputs(text, ["a red ball", "two cats"]), torch.rand(2, 3, 64, 64)
+    own = control.state_dict()
+    assert all(torch.equal(v, own[k]) for k, v in unet.state_dict().items() if k in own)        # the encoder's copy
+    assert torch.equal(unet(*data, control(*data, cond)), unet(*data))
+    residuals = noisy(control)(*data, cond)
+    assert residuals[2].shape == (2, 16, 64, 64)
+    full = unet(*data, residuals)
+    assert error(full, unet(*data)) > 1e-3
+    assert error(unet(*data, control(*data, cond.flip(0))), full) > 1e-3                        # the map matters
+    assert error(unet(*data, control(*data, cond, 0.0)), unet(*data)) < 1e-6
+
+
+@torch.no_grad()
+def test_batched_equals_single_and_the_caption_matters():
+    unet, control, text = tiny()
+    control = noisy(control)
+    data, cond = tiny_inputs(text, ["a red ball", "", "a much longer caption, with \u00fcml\u00e4uts " * 9]), torch.rand(3, 3, 64, 64)
+    together = unet(*data, control(*data, cond))
+    assert together.shape == (3, 3, 64, 64) and together.isfinite().all()
+    for i in range(3):
+        one = [d[i:i + 1] for d in data]
+        assert error(unet(*one, control(*one, cond[i:i + 1])), together[i:i + 1]) < 1e-5
+    x, t, context, pooled, ids = data
+    assert error(unet(x, t, context.roll(1, 0), pooled, ids), unet(*data)) > 1e-4
+    assert error(unet(x, t, context, pooled.roll(1, 0), ids), unet(*data)) > 1e-4
+    assert error(unet(x, t.roll(1, 0), context, pooled, ids), unet(*data)) > 1e-4
+    assert error(unet(x, t, context, pooled, ids * 2), unet(*data)) > 1e-4
+
+
+@torch.no_grad()
+def test_text_encoder_does_not_read_its_padding():
+    text = nets.TextEncoder(length=40).eval()
+    tokens = text.tokenize(["a cat", "\u00e9" * 50, ""])
+    assert tokens.shape == (3, 40) and (tokens > 0).sum(1).tolist() == [6, 40, 1]
+    context, pooled = text(tokens)
+    assert (context[0, 6:] == 0).all() and (context[0, :6] != 0).any() and pooled.isfinite().all()
+    torch.nn.init.normal_(text.token.weight[0], std=9)          # what stands in the padding's row is never seen
+    assert all(torch.equal(a, b) for a, b in zip(text(tokens), (context, pooled)))
+    assert not torch.equal(text(text.tokenize(["a car"]))[1], pooled[:1])
+
+
+@torch.no_grad()
+def test_a_network_comes_back_from_its_config():
+    unet, control, text = tiny()
+    data, cond = tiny_inputs(text, ["a red ball"]), torch.rand(1, 3, 64, 64)
+    for net, args in ((unet, data), (noisy(control), (*data, cond)), (text, (text.tokenize(["x"]),))):
+        again = type(net)(**json.loads(json.dumps(net.config)))
+        again.load_state_dict(net.state_dict())
+        flat = [torch.cat([torch.as_tensor(r).flatten() for part in out for r in (part if isinstance(part, list) else [part])])
+                for out in (net(*args), again.eval()(*args))]
+        assert torch.equal(*flat)
+
+
+def test_recomputed_gradients_are_the_same():
+    unet, _, text = tiny()
+    data = [d.detach() for d in tiny_inputs(text, ["a red ball", "two cats"])]
+    grads = []
+    for on in (False, True):
+        unet.recompute(on).zero_grad()
+        unet(*data).square().mean().backward()
+        grads.append([p.grad.clone() for p in unet.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads))
+
+
+def test_a_configuration_of_another_kind_is_refused():
+    good = nets.UNet(**SMALL).public_config()
+    for change, word in (({"addition_embed_type": None}, "addition_embed_type"), ({"act_fn": "gelu"}, "act_fn"),
+                         ({"new_option": 3}, "new_option"), ({"class_embed_type": "timestep"}, "class_embed_type"),
+                         ({"down_block_types": ["AttnDownBlock2D"] * 3, "up_block_types": ["AttnUpBlock2D"] * 3}, "AttnDown"),
+                         ({"up_block_types": ["UpBlock2D"] * 3}, "up_block_types")):
+        with pytest.raises(ValueError, match=word):
+            nets.UNet.from_config(good | change)
+    with pytest.raises(ValueError, match="cross_attention_dim"):
+        nets.UNet.from_config({k: v for k, v in good.items() if k != "cross_attention_dim"})
+    nets.UNet.from_config(good | {"new_option": None, "sample_size": 128})
+    with pytest.raises(ValueError, match="vocab.json"):
+        nets.CLIPTokenizer("no such folder")
