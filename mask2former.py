@@ -663,7 +663,8 @@ def forward_padded(model, image):
     down, across = -H % model.backbone.stride, -W % model.backbone.stride
     mean = model.mean.to(image)
     image = F.pad(image - mean, (0, across, 0, down)) + mean                 # the mean colour: 0 for the network
-    pred = {name: x[0] for name, x in model(image[None])[-1].items()}
+    pred = model(image[None])[-1]
+    pred = {name: pred[name][0] for name in ("class_logits", "mask_logits")}
     return pred, (H / (H + down), W / (W + across))
 
 
@@ -737,7 +738,8 @@ def predict(model, image, task=None, short=None, window=None, scales=(1.0,), fli
 def save(model, path):
     """model -> one safetensors file whose metadata rebuilds it; written beside and renamed, so never half there."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    path = os.path.abspath(path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     save_file(tensors, path + ".part", {"format": "seggen-1", "class": "Mask2Former", "config": json.dumps(model.config)})
     os.replace(path + ".part", path)
 

@@ -62,8 +62,10 @@ def prepare(out, classes, meta, rank):
     path = out / "meta.json"
     if path.exists() and path.read_text() != text:
         raise SystemExit(f"{out}: pairs made with other settings are there (see meta.json); give another --out or delete it")
-    for file, content in ((path, text), (out / "classes.json", json.dumps(classes, indent=1) + "\n")):
-        if rank == 0 and not file.exists():
+    if rank == 0:
+        for left in out.rglob(".*.tmp*"):                                # of a run that was killed while it wrote
+            left.unlink(missing_ok=True)
+        for file, content in ((path, text), (out / "classes.json", json.dumps(classes, indent=1) + "\n")):
             with replacing(file) as part:
                 part.write_text(content)
 
@@ -85,6 +87,8 @@ def synthesize(args, stage, sources, per, make, classes, meta):
     _, rank, world = diffusion.start(args.device)
     out = args.out or Path("out") / name_of(args.data) / stage
     prepare(out, classes, meta, rank)
+    if world > 1:
+        torch.distributed.barrier()
     batches = work(sources, per, args.batch, rank, world)
     with tqdm(total=sum(map(len, batches)), desc=stage, unit="pair", disable=rank > 0) as bar:
         for jobs in batches:

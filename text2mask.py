@@ -537,12 +537,12 @@ def main():
     p.add_argument("--out", type=Path, default=Path("out/sample"), help="folder of the pictures")
     p.add_argument("--size", type=parse_size, help="64 or 96x72 (default: the size it was trained at)")
     p.add_argument("--min-region", type=positive(int), default=8, help="smaller regions go to their surroundings")
+    sampling_flags(p)
     p = commands.add_parser("measure", help="how clean sampled masks are and how well they obey", **defaults)
     p.add_argument("--data", default="shapes", help="NAME (data/NAME) or a folder that holds train/ and val/")
     p.add_argument("--split", default="val", help="the split whose captions are used")
     p.add_argument("--limit", type=positive(int), default=300, help="captions")
-    for p in (p, commands.choices["sample"]):
-        sampling_flags(p)
+    sampling_flags(p)
     args = parser.parse_args()
     {"train": train, "sample": sample, "measure": measure}[args.command](args)
 

@@ -12,7 +12,7 @@ Reads: pair folders data/NAME/{train,val,...}, out/NAME/{masksyn,imgsyn}.
 Writes: out/NAME/mask2former/{model.safetensors, state.pt, log.jsonl, metrics.json, samples.png};
        out/NAME/compare/{PROTOCOL.md, PROTOCOL.json, PROTOCOL.png, runs/}.
 Needs: mask2former.py
-    python train.py                                       # makes data and pairs where missing, trains, prints the metrics
+    python train.py                           # makes data and pairs where missing, trains, prints the metrics
     python train.py --eval-only --eval-pairs out/shapes/imgsyn   # how well synthetic images show their masks
     python train.py --compare --limit-real 100 --steps 600       # arms x seeds -> one table, one picture
     python train.py --compare --limit-real 100 --arms real oracle --steps 300   # again with 600, 1200: the saturation check
@@ -39,6 +39,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -50,22 +51,24 @@ HERE = Path(__file__).resolve().parent
 CROWD = 255                                         # the instance number of a crowd region
 # size: the side of training crops (0: as the first real image); short, longest: sides of evaluated images (0: as they are)
 RECIPES = {
-    "tiny": dict(preset="tiny", steps=900, batch=16, lr=1e-3, clip=1.0, schedule="cosine", warmup=30, size=0,
+    "tiny": dict(preset="tiny", steps=1000, batch=8, lr=1e-3, clip=1.0, schedule="cosine", warmup=30, size=0,
                  short=0, longest=0, save_every=100),
     "ade20k": dict(preset="resnet50", steps=160_000, batch=16, lr=1e-4, clip=0.01, schedule="poly", warmup=0, size=512,
                    short=512, longest=2048, save_every=2000),
     "coco": dict(preset="resnet50", steps=368_750, batch=16, lr=1e-4, clip=0.01, schedule="steps", warmup=10, size=1024,
                  short=800, longest=1333, save_every=2000),
 }
-NAMED = {"masksyn": "MaskSyn", "imgsyn": "ImgSyn"}                    # folders whose arm of a comparison has a proper name
+NAMED = {"masksyn": "MaskSyn", "imgsyn": "ImgSyn"}       # folders whose arm of a comparison has a proper name
 SCORE = {"semantic": "mIoU", "panoptic": "PQ", "instance": "AP"}     # the first number of each task
 
 
 class BadInput(Exception):
-    """A user's mistake, told in one line; main() ends with it (also when a loader's worker process raised it)."""
+    """A user's mistake, told in one line; main() ends with it (also when a loader's worker process raised
+    it).
+    """
 
 
-# ------------------------------------------------------------------------------------------------------- pairs
+# ------------------------------------------------------------------------------------------------------ pairs
 
 def read_classes(root):
     """ROOT/classes.json -> [{"name", "isthing", ...}, ...]; class id = position + 1."""
@@ -77,7 +80,8 @@ def read_classes(root):
         classes = json.loads(path.read_text(encoding="utf-8"))
         assert classes and all(isinstance(c["name"], str) and isinstance(c["isthing"], bool) for c in classes)
     except (ValueError, TypeError, KeyError, AssertionError):
-        raise BadInput(f'{path}: expected a list of {{"name": ..., "isthing": true or false}}, found something else')
+        raise BadInput(f'{path}: expected a list of {{"name": ..., "isthing": true or false}}, found '
+                       f'something else')
     if len(classes) > 214:                          # 6 ** 3 colours less void and edge
         raise BadInput(f"{path}: {len(classes)} classes; a mask tells 214 at most: merge some")
     return classes
@@ -90,16 +94,19 @@ def stems(folder):
 
 
 class Pairs:
-    """A pair folder: pairs[i] -> image (3, H, W) uint8, labels (2, H, W) uint8: class ids (0 void) and instances.
+    """A pair folder: pairs[i] -> image (3, H, W) uint8, labels (2, H, W) uint8: class ids (0 void) and
+    instances.
 
-    Every image must have a mask and every mask an image; classes must be those of `like`, another Pairs. first and limit
-    choose pairs by position. Sets under 0.5 GB are decoded at once and stay in memory. Raises BadInput.
+    Every image must have a mask and every mask an image; classes must be those of `like`, another Pairs.
+    first and limit choose pairs by position. Sets under 0.5 GB are decoded at once and stay in memory. Raises
+    BadInput.
     """
 
     def __init__(self, root, like=None, first=0, limit=None):
         self.root, self.cache = Path(root), {}
         if not self.root.is_dir():
-            raise BadInput(f"{self.root}: looked for a pair folder, found no such folder; prepare or sample it first")
+            raise BadInput(f"{self.root}: looked for a pair folder, found no such folder; prepare or sample "
+                           f"it first")
         self.classes = read_classes(self.root)
         if like is not None:
             same_classes(self.classes, like.classes, self.root, like.root)
@@ -107,11 +114,13 @@ class Pairs:
         for one, other, a, b in ((images, masks, "images", "masks"), (masks, images, "masks", "images")):
             alone = sorted(set(one) - set(other))
             if alone:
-                raise BadInput(f"{self.root}: {len(alone)} of {len(one)} files of {a}/ have none of that name in {b}/ "
+                raise BadInput(f"{self.root}: {len(alone)} of {len(one)} files of {a}/ have none of that "
+                               f"name in {b}/ "
                                f"({one[alone[0]].name} is the first); add or remove them")
         self.files = [(images[s], masks[s]) for s in list(images)[first:][:limit]]
         if not self.files:
-            raise BadInput(f"{self.root}: looked for pairs in images/ and masks/, found {len(images)}, of which 0 are left "
+            raise BadInput(f"{self.root}: looked for pairs in images/ and masks/, found {len(images)}, of "
+                           f"which 0 are left "
                            f"after the first {first}; prepare or sample it first")
         self.has_instances = (self.root / "instances").is_dir()
         if self.read(0)[0].numel() * 2 * len(self) < 5e8:
@@ -155,13 +164,16 @@ def opened(path):
 def ids_of(path, image, image_path):
     """An 8-bit mask as ids (H, W); image (H, W, 3) only for its size."""
     if not path.is_file():
-        raise BadInput(f"{path}: no such file; every pair needs one, or remove the whole folder {path.parent}")
+        raise BadInput(f"{path}: no such file; every pair needs one, or remove the whole folder "
+                       f"{path.parent}")
     mask = opened(path)
     if mask.mode not in ("P", "L"):
-        raise BadInput(f"{path}: looked for 8-bit ids (a palette or grey PNG), found mode {mask.mode}; write class ids, "
+        raise BadInput(f"{path}: looked for 8-bit ids (a palette or grey PNG), found mode {mask.mode}; write "
+                       f"class ids, "
                        f"not colours")
     if mask.size != image.shape[1::-1]:
-        raise BadInput(f"{path}: {mask.width} x {mask.height}, but {image_path} is {image.shape[1]} x {image.shape[0]}; "
+        raise BadInput(f"{path}: {mask.width} x {mask.height}, but {image_path} is {image.shape[1]} x "
+                       f"{image.shape[0]}; "
                        f"both must have the same size")
     return np.array(mask)
 
@@ -170,14 +182,17 @@ def same_classes(found, wanted, root, origin):
     a, b = [c["name"] for c in found], [c["name"] for c in wanted]
     if a != b:
         where = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-        raise BadInput(f"{root}: its classes are not those of {origin}: {len(a)} against {len(b)}, first difference at id "
+        raise BadInput(f"{root}: its classes are not those of {origin}: {len(a)} against {len(b)}, first "
+                       f"difference at id "
                        f"{where + 1} ({(a + ['none'] * 300)[where]} against {(b + ['none'] * 300)[where]})")
 
 
-# ------------------------------------------------------------------------------------------- augmentation, batches
+# -------------------------------------------------------------------------------------- augmentation, batches
 
 def augmentation(recipe, height, width):
-    """A recipe's joint transform of (Image, Mask) to height x width; masks by nearest, new borders grey and void."""
+    """A recipe's joint transform of (Image, Mask) to height x width; masks by nearest, new borders grey and
+    void.
+    """
     crop = v2.RandomCrop((height, width), pad_if_needed=True, fill={tv_tensors.Image: 128, tv_tensors.Mask: 0})
     flip = v2.RandomHorizontalFlip()
     if recipe == "coco":                                                         # large-scale jitter
@@ -195,10 +210,11 @@ def seed_of(*numbers):
 
 
 class Batches(torch.utils.data.Dataset):
-    """batches[n] -> images (B, 3, H, W) uint8 and B dicts of targets: micro-batch n, a function of (seed, n, rank).
+    """batches[n] -> images (B, 3, H, W) uint8 and B dicts of targets: micro-batch n, a function of (seed, n,
+    rank).
 
-    Real samples come in a new random order each pass. Each is replaced by a synthetic one with probability p_synth; with
-    pretrain, all are in the first half of the steps and none after.
+    Real samples come in a new random order each pass. Each is replaced by a synthetic one with probability
+    p_synth; with pretrain, all are in the first half of the steps and none after.
     """
 
     def __init__(self, real, synth, cfg, rank=0, world=1):
@@ -219,7 +235,7 @@ class Batches(torch.utils.data.Dataset):
             ids, instances = labels.as_subclass(torch.Tensor)
             images.append(image.as_subclass(torch.Tensor))
             truth.append(targets(ids, instances, self.isthing, self.cfg["task"]))
-            if self.cfg["recipe"] == "tiny":                          # the others: void is background, as the original
+            if self.cfg["recipe"] == "tiny":                 # the others: void is background, as the original
                 truth[-1]["valid"] = ids > 0
         return torch.stack(images), truth
 
@@ -236,10 +252,12 @@ class Batches(torch.utils.data.Dataset):
         return self.real, int(self.order[1][k])
 
 
-# ------------------------------------------------------------------------------------------------------ training
+# --------------------------------------------------------------------------------------------------- training
 
 def optimiser_of(model, lr):
-    """AdamW of the original: no decay on norms and embeddings (biases do decay); a pre-trained backbone at lr x 0.1."""
+    """AdamW of the original: no decay on norms and embeddings (biases do decay); a pre-trained backbone at lr
+    x 0.1.
+    """
     norms, embeddings = (torch.nn.LayerNorm, torch.nn.GroupNorm), ("queries", "places", "level", "relative_position_bias_table")
     pretrained, groups = model.config["backbone"] != "tiny", {}
     for path, module in model.named_modules():
@@ -263,15 +281,16 @@ def rate(kind, step, steps, warmup):
 
 
 def train(model, batches, out, cfg, device, compiled=False, workers=0):
-    """Trains for cfg["steps"] and leaves OUT/{model.safetensors, state.pt, log.jsonl}; resumes bit for bit from state.pt.
+    """Trains for cfg["steps"] and leaves OUT/{model.safetensors, state.pt, log.jsonl}; resumes bit for bit
+    from state.pt.
 
-    cfg: the run's settings, kept in state.pt: a state of other settings is refused. A gradient that is not finite ends
-    the program; the last good state stays.
+    cfg: the run's settings, kept in state.pt: a state of other settings is refused. A gradient that is not
+    finite ends the program; the last good state stays.
     """
     rank, world = batches.rank, batches.world
     recipe, steps, micro = RECIPES[cfg["recipe"]], cfg["steps"], cfg["accumulate"]
     optimiser = optimiser_of(model.train(), cfg["lr"])
-    first = resume(out, model, optimiser, cfg)
+    first = resume(out, model, optimiser, cfg, rank)
     net = torch.compile(model) if compiled else model                 # train net, save model: clean key names
     if world > 1:
         net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
@@ -286,7 +305,8 @@ def train(model, batches, out, cfg, device, compiled=False, workers=0):
         total += loss
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["clip"])    # the same on every rank
         if not torch.isfinite(norm):
-            raise BadInput(f"{out}: the loss was {loss:.4g} and its gradient {norm.item():.4g} at step {step + 1}; the last "
+            raise BadInput(f"{out}: the loss was {loss:.4g} and its gradient {norm.item():.4g} at step "
+                           f"{step + 1}; the last "
                            f"good state is kept in state.pt; run again with a smaller --lr")
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -301,19 +321,21 @@ def train(model, batches, out, cfg, device, compiled=False, workers=0):
 
 
 def step_loss(net, model, batches, cfg, device, rank, step):
-    """The micro-batches of a step -> their mean loss; its gradients are left in the model. nan where the loss says so."""
+    """The micro-batches of a step -> their mean loss; its gradients are left in the model. nan where the loss
+    says so.
+    """
     masks = count(sum(len(t["labels"]) for _, truth in batches for t in truth), device).item() / len(batches)
     total = 0.0
     for part, (images, truth) in enumerate(batches):
-        torch.manual_seed(seed_of(cfg["seed"], step, part, rank, 3))             # the loss draws random points
+        torch.manual_seed(seed_of(cfg["seed"], step, part, rank, 3))            # the loss draws random points
         last = part == len(batches) - 1
         with contextlib.nullcontext() if last or net is model else getattr(net, "no_sync", contextlib.nullcontext)():
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 outputs = net(images.to(device, non_blocking=True).float() / 255)
             try:
-                loss = model.loss(outputs, truth, num_masks=max(masks, 1 / len(batches)))[0] / len(batches)
+                loss = model.loss(outputs, truth, num_masks=masks)[0] / len(batches)
             except ValueError:                                                   # the matcher met NaN
-                loss = sum(out["class_logits"].sum() for out in outputs) * math.nan
+                loss = sum(part.sum() for out in outputs for part in out.values()) * math.nan
             loss.backward()
         total += loss.item()
     return total
@@ -333,9 +355,10 @@ def write(path, save):
         path.parent.mkdir(parents=True, exist_ok=True)
         save(part)
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:                          # torch.save tells a full disk by RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:   # torch.save tells a full disk by RuntimeError
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            for left in path.parent.glob(f"{part.name}*"):
+                left.unlink()
         raise BadInput(f"{path}: could not be written ({error}); free some space or choose another --out")
 
 
@@ -345,32 +368,38 @@ def save_state(out, model, optimiser, step, cfg):
     write(out / "state.pt", lambda path: torch.save(state, path))
 
 
-def resume(out, model, optimiser, cfg):
-    """Loads OUT/state.pt where there is one -> the step to go on from."""
+def resume(out, model, optimiser, cfg, rank=0):
+    """Loads OUT/state.pt where there is one -> the step to go on from; cuts the log back to it."""
     path, log = out / "state.pt", out / "log.jsonl"
-    write(log, lambda part: part.write_text(log.read_text() if path.exists() and log.exists() else ""))
     if not path.exists():
+        if rank == 0:
+            write(log, lambda part: part.touch())
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         old, new = json.loads(state["cfg"]), json.loads(json.dumps(cfg))
-    except Exception as error:                                        # truncated, a foreign pickle: never executed
-        raise BadInput(f"{path}: looked for a state to resume, found {type(error).__name__}; delete it to start afresh")
+    except Exception as error:                                   # truncated, a foreign pickle: never executed
+        raise BadInput(f"{path}: looked for a state to resume, found {type(error).__name__}; delete it to "
+                       f"start afresh")
     if old != new:
         changed = [f"{k} {old.get(k)} then, {new.get(k)} now" for k in new if old.get(k) != new.get(k)]
-        raise BadInput(f"{path}: is of a run with other settings ({'; '.join(changed)}); give another --out or delete it")
+        raise BadInput(f"{path}: is of a run with other settings ({'; '.join(changed)}); give another --out "
+                       f"or delete it")
     model.load_state_dict(state["model"])
     optimiser.load_state_dict(dict(state=state["optimiser"], param_groups=optimiser.state_dict()["param_groups"]))
-    lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
+    lines = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
-    write(log, lambda part: part.write_text("".join(line + "\n" for line in kept)))
+    if rank == 0:
+        write(log, lambda part: part.write_text("".join(line + "\n" for line in kept)))
     return state["step"]
 
 
-# ------------------------------------------------------------------------------------------------------- metrics
+# ---------------------------------------------------------------------------------------------------- metrics
 
 class Confusion:
-    """mIoU and friends from one global confusion matrix; void truth ignored, classes without truth left out and counted."""
+    """mIoU and friends from one global confusion matrix; void truth ignored, classes without truth left out
+    and counted.
+    """
 
     def __init__(self, classes):
         self.matrix = np.zeros((len(classes) + 1,) * 2, np.int64)     # [truth, prediction], 0 void
@@ -401,18 +430,18 @@ def mean(values):
 class PanopticQuality:
     """PQ = SQ x RQ (Kirillov et al. 2019). A segment is a (class, instance) pair; instance 255 marks a crowd.
 
-    Predicted pixels on void leave the union; a prediction that lies for more than half on void and on crowds of its class
-    is not counted as false; a crowd is never missed.
+    Predicted pixels on void leave the union; a prediction that lies for more than half on void and on crowds
+    of its class is not counted as false; a crowd is never missed.
     """
 
     def __init__(self, classes):
         self.isthing = np.array([False] + [c["isthing"] for c in classes])             # by class id
-        self.counts = np.zeros((4, len(classes) + 1))                 # sum of IoU, true +, false +, false -; by class
+        self.counts = np.zeros((4, len(classes) + 1))         # sum of IoU, true +, false +, false -; by class
 
     def add(self, predicted, truth):
         """predicted, truth: ((H, W) class ids, (H, W) instance numbers)."""
         guess, truth = (np.int64(c) << 16 | np.where(self.isthing[c], n, 0) for c, n in (predicted, truth))
-        joint, area = np.unique(truth << 32 | guess, return_counts=True)         # one entry an overlapping pair
+        joint, area = np.unique(truth << 32 | guess, return_counts=True)       # one entry an overlapping pair
         t_ids, t = np.unique(joint >> 32, return_inverse=True)
         g_ids, g = np.unique(joint & 0xFFFFFFFF, return_inverse=True)
         t_class, g_class, t_crowd = t_ids >> 16, g_ids >> 16, t_ids & 0xFFFF == CROWD
@@ -420,7 +449,7 @@ class PanopticQuality:
         void, same = t_class[t] == 0, t_class[t] == g_class[g]
         g_void, g_ignored = np.bincount(g, area * void), np.bincount(g, area * (void | t_crowd[t] & same))
         iou = area / (t_area[t] + g_area[g] - area - g_void[g])
-        hit = same & ~void & ~t_crowd[t] & (iou > 0.5)                           # over a half: each segment once at most
+        hit = same & ~void & ~t_crowd[t] & (iou > 0.5)                # over a half: each segment once at most
         wrong = (g_class > 0) & ~np.isin(np.arange(len(g_ids)), g[hit]) & (g_ignored <= 0.5 * g_area)
         missed = (t_class > 0) & ~np.isin(np.arange(len(t_ids)), t[hit]) & ~t_crowd
         for row, classes, weight in ((0, t_class[t[hit]], iou[hit]), (1, t_class[t[hit]], None),
@@ -442,14 +471,16 @@ class PanopticQuality:
 
 
 class AveragePrecision:
-    """COCO's AP of masks and of the boxes around them, by pycocotools, image by image: only matches are kept."""
+    """COCO's AP of masks and of the boxes around them, by pycocotools, image by image: only matches are kept.
+    """
 
     def __init__(self, classes):
         self.things = [i + 1 for i, c in enumerate(classes) if c["isthing"]]
         self.matches = {"segm": [], "bbox": []}                       # per image, its COCOeval.evalImgs
 
     def add(self, masks, ids, scores, truth):
-        """N masks (H, W) bool, their class ids and scores; truth ((H, W) class ids, (H, W) instance numbers)."""
+        """N masks (H, W) bool, their class ids and scores; truth ((H, W) class ids, (H, W) instance numbers).
+        """
         pairs = np.unique(np.stack([part.ravel() for part in truth]), axis=1).T.tolist()
         pairs = [(c, n) for c, n in pairs if c in self.things]
         real = [self.entry((truth[0] == c) & (truth[1] == n), c, iscrowd=int(n == CROWD)) for c, n in pairs]
@@ -495,7 +526,7 @@ class AveragePrecision:
         return out
 
 
-# ---------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------------------- evaluation
 
 def chunks(pairs, indices, batch):
     """Runs of neighbours of equal size -> (images (b, 3, H, W), labels (b, 2, H, W)), b <= batch."""
@@ -511,7 +542,9 @@ def chunks(pairs, indices, batch):
 
 
 def final_predictions(model, images, cfg, device):
-    """images (B, 3, H, W) uint8 -> B predictions of one image, and the extent of the (padded) masks the image fills."""
+    """images (B, 3, H, W) uint8 -> B predictions of one image, and the extent of the (padded) masks the image
+    fills.
+    """
     H, W = images.shape[2:]
     x = images.to(device).float() / 255
     if cfg["short"]:
@@ -525,7 +558,8 @@ def final_predictions(model, images, cfg, device):
 
 
 def as_maps(found, size):
-    """What `panoptic` or `instance` found -> (class ids (H, W), instance numbers (H, W)), both numpy, 0 none."""
+    """What `panoptic` or `instance` found -> (class ids (H, W), instance numbers (H, W)), both numpy, 0 none.
+    """
     if isinstance(found, tuple):                                      # panoptic: (segment ids, segments)
         table = np.zeros(len(found[1]) + 1, np.int64)
         for s in found[1]:
@@ -563,9 +597,11 @@ def measure(meters, pred, extent, ids, instances, isthing):
 
 @torch.no_grad()
 def evaluate(model, pairs, cfg, device, rank=0, world=1, batch=16):
-    """The task's metrics over a pair folder, in percent. semantic: mIoU; panoptic: PQ, AP, mIoU; instance: AP.
+    """The task's metrics over a pair folder, in percent. semantic: mIoU; panoptic: PQ, AP, mIoU; instance:
+    AP.
 
-    Streams: memory does not grow with the set (AP keeps a few bytes a detection). Under torchrun rank 0 gets the result.
+    Streams: memory does not grow with the set (AP keeps a few bytes a detection). Under torchrun rank 0 gets
+    the result.
     """
     isthing = [c["isthing"] for c in pairs.classes]
     meters = {"PQ": PanopticQuality, "AP": AveragePrecision, "mIoU": Confusion}
@@ -594,7 +630,7 @@ def told(name, result):
     return f"{name:10s} {numbers}"
 
 
-# ------------------------------------------------------------------------------------------------------ pictures
+# --------------------------------------------------------------------------------------------------- pictures
 
 def palette(K):
     """The mask codec's colours: (K + 2, 3) uint8 of the codes 0 void, 1..K, K + 1 edge."""
@@ -604,7 +640,9 @@ def palette(K):
 
 
 def painted(ids, numbers, K):
-    """Class ids (H, W) and instance numbers (H, W) -> colours (H, W, 3), instances outlined in the edge colour."""
+    """Class ids (H, W) and instance numbers (H, W) -> colours (H, W, 3), instances outlined in the edge
+    colour.
+    """
     edge = np.zeros(ids.shape, bool)
     edge[:, :-1] |= (numbers[:, 1:] != numbers[:, :-1])
     edge[:-1] |= (numbers[1:] != numbers[:-1])
@@ -651,10 +689,11 @@ def truths(pairs, cfg, n=4):
     return rows
 
 
-# --------------------------------------------------------------------------------------------- one run, many runs
+# ----------------------------------------------------------------------------------------- one run, many runs
 
 def build(cfg, classes, init, new_head=False):
-    """A new segmenter for these classes, or the one in `init`, whose classes must be these unless new_head."""
+    """A new segmenter for these classes, or the one in `init`, whose classes must be these unless new_head.
+    """
     names, isthing = [c["name"] for c in classes], [c["isthing"] for c in classes]
     about = dict(isthing=isthing, class_names=names, task=cfg["task"])
     torch.manual_seed(seed_of(cfg["seed"], 4))
@@ -663,14 +702,17 @@ def build(cfg, classes, init, new_head=False):
         try:
             return Mask2Former(len(names), **PRESETS[cfg["preset"]], **about, weights=weights)
         except (OSError, KeyError, ValueError) as error:
-            raise BadInput(f"--preset {cfg['preset']}: torchvision's ImageNet weights could not be had ({error}); give a "
+            raise BadInput(f"--preset {cfg['preset']}: torchvision's ImageNet weights could not be had "
+                           f"({error}); give a "
                            f"segmenter's weights by --init, or --preset tiny")
     old = load(init, cfg["task"])
     had = old.config["class_names"]
     same = had == names if had else old.config["num_classes"] == len(names)
     if not same and not new_head:
-        raise BadInput(f"{init}: was trained for {old.config['num_classes']} classes ({', '.join(had or ['unnamed'])[:60]}), "
-                       f"the data has {len(names)} ({', '.join(names)[:60]}); --new-head starts a new classifier on it")
+        raise BadInput(f"{init}: was trained for {old.config['num_classes']} classes "
+                       f"({', '.join(had or ['unnamed'])[:60]}), "
+                       f"the data has {len(names)} ({', '.join(names)[:60]}); --new-head starts a new "
+                       f"classifier on it")
     model = Mask2Former(**{**old.config, **about, "num_classes": len(names)})
     state = {k: v for k, v in old.state_dict().items() if same or not k.startswith("decoder.classes.")}
     model.load_state_dict(state, strict=same)
@@ -686,10 +728,11 @@ def run(cfg, real, synth, evals, out, args):
 
 
 def compare(cfg, real, arms, evals, args, folder):
-    """Trains every arm with every seed, equal steps, and writes the table after each run. arms: {name: [Pairs]}.
+    """Trains every arm with every seed, equal steps, and writes the table after each run. arms: {name:
+    [Pairs]}.
 
-    A run lies in FOLDER/runs/ under a name that holds its settings and data, so a killed comparison goes on and another
-    protocol finds `real only` and `oracle` done.
+    A run lies in FOLDER/runs/ under a name that holds its settings and data, so a killed comparison goes on
+    and another protocol finds `real only` and `oracle` done.
     """
     results, maps = {name: {} for name in arms}, {}
     for seed in args.seeds:
@@ -722,7 +765,8 @@ def compare(cfg, real, arms, evals, args, folder):
 def tabulate(cfg, results, splits, args, folder):
     """results {arm: {seed: {split: metrics}}} -> FOLDER/PROTOCOL.md and .json."""
     score = SCORE[cfg["task"]]
-    lines = [f"**{args.protocol}**: {args.data}, {cfg['real']}, {cfg['steps']} steps of {cfg['batch']}, p {cfg['p_synth']}, "
+    lines = [f"**{args.protocol}**: {args.data}, {cfg['real']}, {cfg['steps']} steps of {cfg['batch']}, p "
+             f"{cfg['p_synth']}, "
              f"{score}, seeds {' '.join(map(str, args.seeds))}", "",
              "| arm | " + " | ".join(f"{s} | gain by seed | share of the oracle's gain" for s in splits) + " |",
              "|---" * (1 + 3 * len(splits)) + "|"]
@@ -749,7 +793,7 @@ def gains(results, arm, split, score):
     return {s: own[s][split][score] - base[s][split][score] for s in own if s in base and arm != "real only"}
 
 
-# ---------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 def made(folder, *command):
     """Runs a sibling script where its folder is missing or was left unfinished by a killed run."""
@@ -792,14 +836,15 @@ def side(text):
 def start(device):
     """Picks the device and joins the process group under torchrun -> (device, rank, world)."""
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise BadInput(f"--device {device}: looked for a CUDA GPU, found none; leave --device out to run on the CPU")
+        raise BadInput(f"--device {device}: looked for a CUDA GPU, found none; leave --device out to run on "
+                       f"the CPU")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if world > 1:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    torch.set_float32_matmul_precision("high")                        # TF32 on CUDA; nothing changes on the CPU
+    torch.set_float32_matmul_precision("high")                      # TF32 on CUDA; nothing changes on the CPU
     try:
         return torch.device(device), rank, world
     except RuntimeError:
@@ -819,7 +864,9 @@ def settings(args, real, synth, world):
 
 
 def folders(args):
-    """--data, --synth -> (root of the data, its name, synthetic folders); makes what is missing of the built-in data."""
+    """--data, --synth -> (root of the data, its name, synthetic folders); makes what is missing of the built-
+    in data.
+    """
     root = Path(args.data) if Path(args.data).is_dir() else HERE / "data" / args.data
     name, synth, first = root.name, args.synth, int(os.environ.get("RANK", 0)) == 0
     if args.data == "shapes" and first:
@@ -841,10 +888,12 @@ def check_task(args, sets):
         return
     for pairs in sets:
         if not pairs.has_instances:
-            raise BadInput(f"{pairs.root / 'instances'}: looked for instance maps for --task {args.task}, found no such "
+            raise BadInput(f"{pairs.root / 'instances'}: looked for instance maps for --task {args.task}, "
+                           f"found no such "
                            f"folder; use --task semantic")
     if args.task == "instance" and not any(c["isthing"] for c in sets[0].classes):
-        raise BadInput(f"{sets[0].root / 'classes.json'}: --task instance needs a class with isthing true, found none")
+        raise BadInput(f"{sets[0].root / 'classes.json'}: --task instance needs a class with isthing true, "
+                       f"found none")
 
 
 def flags():
@@ -852,12 +901,14 @@ def flags():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", default="shapes", help="NAME (data/NAME) or a folder that holds train/ and val/")
-    add("--synth", nargs="*", metavar="DIR", help="synthetic pair folders (default: none; for shapes: made where missing)")
+    add("--synth", nargs="*", metavar="DIR", help="synthetic pair folders (default: none; for shapes: made "
+                                                  "where missing)")
     add("--out", type=Path, help="folder of the results (default: out/NAME/mask2former or out/NAME/compare)")
     add("--init", type=Path, help="segmenter to start from or to evaluate: ours, or a transformers folder")
     add("--new-head", action="store_true", help="the classes of --init differ: start a new classifier")
     add("--task", choices=tuple(SCORE), default="semantic")
-    add("--recipe", choices=tuple(RECIPES), default="tiny", help="augmentation, schedule and the defaults below")
+    add("--recipe", choices=tuple(RECIPES), default="tiny", help="augmentation, schedule and the defaults "
+                                                                 "below")
     add("--preset", choices=tuple(PRESETS), help="network (default: the recipe's)")
     add("--size", type=side, help="training crop, 512 or 240x192 (width x height; default: the recipe's)")
     add("--steps", type=positive(int), help="optimiser steps (default: the recipe's)")
@@ -873,10 +924,12 @@ def flags():
     add("--workers", type=int, default=0, help="processes that load data")
     add("--splits", nargs="+", help="splits to evaluate on (default: val, and unseen and test where there)")
     add("--eval-only", action="store_true", help="evaluate --init, or what --out holds, or the demo weights")
-    add("--eval-pairs", nargs="+", default=[], metavar="DIR", help="also evaluate on these pair folders, as a share of val")
+    add("--eval-pairs", nargs="+", default=[], metavar="DIR", help="also evaluate on these pair folders, as "
+                                                                   "a share of val")
     add("--compare", action="store_true", help="real only / each of --synth / all / oracle, over --seeds")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of --compare")
-    add("--arms", nargs="+", default=[], help="of --compare, by name: real MaskSyn ImgSyn both oracle (default: all)")
+    add("--arms", nargs="+", default=[], help="of --compare, by name: real MaskSyn ImgSyn both oracle "
+                                              "(default: all)")
     add("--oracle", type=Path, help="fresh true pairs (default: those of train/ beyond --limit-real)")
     add("--protocol", default="compare", help="name of --compare's table: which images the generators saw")
     return parser
@@ -894,7 +947,8 @@ def arms_of(args, real, root, synth):
     known = {name.replace("+", "").replace("only", "").strip().lower(): name for name in arms}
     unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise BadInput(f"--arms {unknown[0]}: the arms are {', '.join(known)}; give folders by --synth, and for the oracle "
+        raise BadInput(f"--arms {unknown[0]}: the arms are {', '.join(known)}; give folders by --synth, and "
+                       f"for the oracle "
                        f"--limit-real or --oracle")
     return {name: arms[name] for short, name in known.items() if not wanted or short in wanted}
 
@@ -903,7 +957,8 @@ def splits_of(args, root, real):
     """{split: Pairs} to evaluate on, the folders of --eval-pairs last."""
     names = args.splits or [name for name in ("val", "unseen", "test") if (root / name).is_dir()]
     if not names:
-        raise BadInput(f"{root}: looked for val/, unseen/ or test/ to evaluate on, found none; name them by --splits")
+        raise BadInput(f"{root}: looked for val/, unseen/ or test/ to evaluate on, found none; name them by "
+                       f"--splits")
     return {str(name): Pairs(path, real) for name, path in
             [(name, root / name) for name in names] + [(path, path) for path in args.eval_pairs]}
 
@@ -913,7 +968,8 @@ def weights_of(args, out):
     for path in (args.init, out / "model.safetensors", HERE / "weights" / args.data / "mask2former"):
         if path and path.exists():
             return path
-    raise BadInput(f"{args.init or out / 'model.safetensors'}: looked for a trained segmenter, found none; train one first, or "
+    raise BadInput(f"{args.init or out / 'model.safetensors'}: looked for a trained segmenter, found none; "
+                   f"train one first, or "
                    f"give --init")
 
 
@@ -963,8 +1019,11 @@ def go(args):
 def main():
     try:
         go(flags().parse_args())
-    except BadInput as error:                                         # from a worker process its text is a traceback
+    except BadInput as error:                                  # from a worker process its text is a traceback
         sys.exit(str(error).split("BadInput: ")[-1].strip())
+    except OSError as error:
+        sys.exit(f"{error.filename or '--out'}: {error.strerror or error}; check the path, its permissions "
+                 f"and the free space")
 
 
 if __name__ == "__main__":
