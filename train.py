@@ -1,21 +1,21 @@
-"""Trains a segmenter on real + synthetic pair folders, measures it, and compares what each synthetic folder adds.
+"""Trains a segmenter on real + synthetic pair folders, measures it, tells what each synthetic folder adds.
 
-SegGen's third step: each real sample of a batch is replaced by a synthetic one with probability 0.6 (its ADE20K recipe),
-or training goes over synthetic samples first and real ones after (--pretrain, its COCO recipe). All arms of a comparison
-take the same number of steps over the same order of real samples, so that a gain is not more training.
+SegGen's third step: each real sample of a batch is replaced by a synthetic one with probability 0.6 (its
+ADE20K recipe), or training goes over synthetic samples first and real ones after (--pretrain, its COCO
+recipe). All arms of a comparison take equally many steps, so that a gain is not more training.
 
 Paper: SegGen (2311.03355); Mask2Former (2112.01527) for the recipes; Kirillov et al. (1801.00868) for PQ.
-Differs: the paper does not say how MaskSyn and ImgSyn samples are mixed within p: here a synthetic folder is drawn
-       evenly, then a pair of it evenly. The `tiny` recipe (from scratch, minutes of a CPU) is ours, and so is the oracle:
-       fresh true scenes in the place of synthetic ones, the ceiling of any generator.
+Differs: the paper does not say how MaskSyn and ImgSyn samples are mixed within p: here a synthetic folder is
+       drawn evenly, then a pair of it evenly. The `tiny` recipe (from scratch, minutes of a CPU) is ours, and
+       so is the oracle: fresh true scenes in the place of synthetic ones, the ceiling of any generator.
 Reads: pair folders data/NAME/{train,val,...}, out/NAME/{masksyn,imgsyn}.
 Writes: out/NAME/mask2former/{model.safetensors, state.pt, log.jsonl, metrics.json, samples.png};
        out/NAME/compare/{PROTOCOL.md, PROTOCOL.json, PROTOCOL.png, runs/}.
 Needs: mask2former.py
-    python train.py                           # makes data and pairs where missing, trains, prints the metrics
-    python train.py --eval-only --eval-pairs out/shapes/imgsyn   # how well synthetic images show their masks
-    python train.py --compare --limit-real 100 --steps 600       # arms x seeds -> one table, one picture
-    python train.py --compare --limit-real 100 --arms real oracle --steps 300   # again with 600, 1200: the saturation check
+    python train.py                                             # makes what is missing, trains, evaluates
+    python train.py --eval-only --eval-pairs out/shapes/imgsyn  # how well synthetic images show their masks
+    python train.py --compare --limit-real 100 --steps 600      # arms x seeds -> one table, one picture
+    python train.py --compare --limit-real 100 --arms real oracle --steps 300   # 600, ...: saturation check
 Dimension key: B batch, H W pixels, K classes, Q queries, N segments of an image.
 """
 import argparse
@@ -49,14 +49,14 @@ from mask2former import PRESETS, Mask2Former, count, instance, load, panoptic, s
 
 HERE = Path(__file__).resolve().parent
 CROWD = 255                                         # the instance number of a crowd region
-# size: the side of training crops (0: as the first real image); short, longest: sides of evaluated images (0: as they are)
+# size: side of training crops (0: as the first real image); short, longest: of evaluated images (0: as is)
 RECIPES = {
-    "tiny": dict(preset="tiny", steps=1000, batch=8, lr=1e-3, clip=1.0, schedule="cosine", warmup=30, size=0,
-                 short=0, longest=0, save_every=100),
-    "ade20k": dict(preset="resnet50", steps=160_000, batch=16, lr=1e-4, clip=0.01, schedule="poly", warmup=0, size=512,
-                   short=512, longest=2048, save_every=2000),
-    "coco": dict(preset="resnet50", steps=368_750, batch=16, lr=1e-4, clip=0.01, schedule="steps", warmup=10, size=1024,
-                 short=800, longest=1333, save_every=2000),
+    "tiny": dict(preset="tiny", steps=1000, batch=8, lr=1e-3, clip=1.0, schedule="cosine", warmup=30,
+                 size=0, short=0, longest=0, save_every=100),
+    "ade20k": dict(preset="resnet50", steps=160_000, batch=16, lr=1e-4, clip=0.01, schedule="poly", warmup=0,
+                   size=512, short=512, longest=2048, save_every=2000),
+    "coco": dict(preset="resnet50", steps=368_750, batch=16, lr=1e-4, clip=0.01, schedule="steps", warmup=10,
+                 size=1024, short=800, longest=1333, save_every=2000),
 }
 NAMED = {"masksyn": "MaskSyn", "imgsyn": "ImgSyn"}       # folders whose arm of a comparison has a proper name
 SCORE = {"semantic": "mIoU", "panoptic": "PQ", "instance": "AP"}     # the first number of each task
@@ -115,13 +115,11 @@ class Pairs:
             alone = sorted(set(one) - set(other))
             if alone:
                 raise BadInput(f"{self.root}: {len(alone)} of {len(one)} files of {a}/ have none of that "
-                               f"name in {b}/ "
-                               f"({one[alone[0]].name} is the first); add or remove them")
+                               f"name in {b}/ ({one[alone[0]].name} is the first); add or remove them")
         self.files = [(images[s], masks[s]) for s in list(images)[first:][:limit]]
         if not self.files:
             raise BadInput(f"{self.root}: looked for pairs in images/ and masks/, found {len(images)}, of "
-                           f"which 0 are left "
-                           f"after the first {first}; prepare or sample it first")
+                           f"which 0 are left after the first {first}; prepare or sample it first")
         self.has_instances = (self.root / "instances").is_dir()
         if self.read(0)[0].numel() * 2 * len(self) < 5e8:
             with ThreadPoolExecutor(4) as pool:
@@ -143,7 +141,8 @@ class Pairs:
         instances = np.zeros_like(ids)
         if self.has_instances:
             instances = ids_of(self.root / "instances" / mask_path.name, image, image_path)
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(np.stack([ids, instances]))
+        labels = torch.from_numpy(np.stack([ids, instances]))                    # (2, H, W)
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), labels
 
     def fingerprint(self):
         """A short text that changes when pairs are added, removed or made again."""
@@ -169,12 +168,10 @@ def ids_of(path, image, image_path):
     mask = opened(path)
     if mask.mode not in ("P", "L"):
         raise BadInput(f"{path}: looked for 8-bit ids (a palette or grey PNG), found mode {mask.mode}; write "
-                       f"class ids, "
-                       f"not colours")
+                       f"class ids, not colours")
     if mask.size != image.shape[1::-1]:
         raise BadInput(f"{path}: {mask.width} x {mask.height}, but {image_path} is {image.shape[1]} x "
-                       f"{image.shape[0]}; "
-                       f"both must have the same size")
+                       f"{image.shape[0]}; both must have the same size")
     return np.array(mask)
 
 
@@ -183,8 +180,8 @@ def same_classes(found, wanted, root, origin):
     if a != b:
         where = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
         raise BadInput(f"{root}: its classes are not those of {origin}: {len(a)} against {len(b)}, first "
-                       f"difference at id "
-                       f"{where + 1} ({(a + ['none'] * 300)[where]} against {(b + ['none'] * 300)[where]})")
+                       f"difference at id {where + 1} ({(a + ['none'] * 300)[where]} against "
+                       f"{(b + ['none'] * 300)[where]})")
 
 
 # -------------------------------------------------------------------------------------- augmentation, batches
@@ -193,13 +190,15 @@ def augmentation(recipe, height, width):
     """A recipe's joint transform of (Image, Mask) to height x width; masks by nearest, new borders grey and
     void.
     """
-    crop = v2.RandomCrop((height, width), pad_if_needed=True, fill={tv_tensors.Image: 128, tv_tensors.Mask: 0})
+    fill = {tv_tensors.Image: 128, tv_tensors.Mask: 0}
+    crop = v2.RandomCrop((height, width), pad_if_needed=True, fill=fill)
     flip = v2.RandomHorizontalFlip()
     if recipe == "coco":                                                         # large-scale jitter
         return v2.Compose([flip, v2.ScaleJitter((height, width), (0.1, 2.0)), crop])
     if recipe == "ade20k":
         shorts = [int(height * 0.1 * n) for n in range(5, 21)]
-        return v2.Compose([flip, v2.RandomShortestSize(shorts, 4 * height), crop, v2.RandomPhotometricDistort()])
+        scale = v2.RandomShortestSize(shorts, 4 * height)
+        return v2.Compose([flip, scale, crop, v2.RandomPhotometricDistort()])
     ratio = width / height
     zoom = v2.RandomResizedCrop((height, width), (0.5, 1.0), (0.8 * ratio, 1.25 * ratio))
     return v2.Compose([flip, zoom, v2.ColorJitter(0.3, 0.3, 0.3)])
@@ -258,7 +257,8 @@ def optimiser_of(model, lr):
     """AdamW of the original: no decay on norms and embeddings (biases do decay); a pre-trained backbone at lr
     x 0.1.
     """
-    norms, embeddings = (torch.nn.LayerNorm, torch.nn.GroupNorm), ("queries", "places", "level", "relative_position_bias_table")
+    norms = torch.nn.LayerNorm, torch.nn.GroupNorm
+    embeddings = "queries", "places", "level", "relative_position_bias_table"
     pretrained, groups = model.config["backbone"] != "tiny", {}
     for path, module in model.named_modules():
         for name, p in module.named_parameters(recurse=False):
@@ -294,8 +294,9 @@ def train(model, batches, out, cfg, device, compiled=False, workers=0):
     net = torch.compile(model) if compiled else model                 # train net, save model: clean key names
     if world > 1:
         net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
-    stream = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first * micro, steps * micro),
-                                              num_workers=workers, pin_memory=device.type == "cuda"))
+    order = range(first * micro, steps * micro)
+    stream = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=order, num_workers=workers,
+                                              pin_memory=device.type == "cuda"))
     clock, since, total = time.time(), first, 0.0
     bar = tqdm(range(first, steps), "train", initial=first, total=steps, disable=rank > 0, mininterval=1)
     for step in bar:
@@ -306,14 +307,15 @@ def train(model, batches, out, cfg, device, compiled=False, workers=0):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["clip"])    # the same on every rank
         if not torch.isfinite(norm):
             raise BadInput(f"{out}: the loss was {loss:.4g} and its gradient {norm.item():.4g} at step "
-                           f"{step + 1}; the last "
-                           f"good state is kept in state.pt; run again with a smaller --lr")
+                           f"{step + 1}; the last good state is kept in state.pt; run again with a smaller "
+                           f"--lr")
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         done = step + 1
         saving = done % recipe["save_every"] == 0 or done == steps
         if rank == 0 and (saving or done % 50 == 0):
-            report(out, bar, step=done, loss=total / (done - since), s_per_step=(time.time() - clock) / (done - since))
+            n = done - since
+            report(out, bar, step=done, loss=total / n, s_per_step=(time.time() - clock) / n)
             clock, since, total = time.time(), done, 0.0
         if rank == 0 and saving:
             save_state(out, model, optimiser, done, cfg)
@@ -328,8 +330,8 @@ def step_loss(net, model, batches, cfg, device, rank, step):
     total = 0.0
     for part, (images, truth) in enumerate(batches):
         torch.manual_seed(seed_of(cfg["seed"], step, part, rank, 3))            # the loss draws random points
-        last = part == len(batches) - 1
-        with contextlib.nullcontext() if last or net is model else getattr(net, "no_sync", contextlib.nullcontext)():
+        last = part == len(batches) - 1 or not isinstance(net, DistributedDataParallel)
+        with contextlib.nullcontext() if last else net.no_sync():         # ranks exchange gradients once
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 outputs = net(images.to(device, non_blocking=True).float() / 255)
             try:
@@ -345,7 +347,7 @@ def report(out, bar, **line):
     line = {key: round(value, 5) for key, value in line.items()}
     with open(out / "log.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
-    bar.write(f"step {line['step']}  loss {line['loss']:.4f}  {line['s_per_step']:.3f} s/step", file=sys.stdout)
+    bar.write("step {step}  loss {loss:.4f}  {s_per_step:.3f} s/step".format(**line), file=sys.stdout)
 
 
 def write(path, save):
@@ -363,7 +365,8 @@ def write(path, save):
 
 
 def save_state(out, model, optimiser, step, cfg):
-    state = dict(model=model.state_dict(), optimiser=optimiser.state_dict()["state"], step=step, cfg=json.dumps(cfg))
+    state = dict(model=model.state_dict(), optimiser=optimiser.state_dict()["state"], step=step,
+                 cfg=json.dumps(cfg))
     write(out / "model.safetensors", lambda path: save(model, str(path)))
     write(out / "state.pt", lambda path: torch.save(state, path))
 
@@ -386,7 +389,7 @@ def resume(out, model, optimiser, cfg, rank=0):
         raise BadInput(f"{path}: is of a run with other settings ({'; '.join(changed)}); give another --out "
                        f"or delete it")
     model.load_state_dict(state["model"])
-    optimiser.load_state_dict(dict(state=state["optimiser"], param_groups=optimiser.state_dict()["param_groups"]))
+    optimiser.load_state_dict(dict(optimiser.state_dict(), state=state["optimiser"]))
     lines = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
     if rank == 0:
@@ -419,8 +422,9 @@ class Confusion:
         there = truth > 0
         iou, accuracy = (hit / np.maximum(d, 1) for d in (truth + predicted - hit, truth))
         share = truth / max(truth.sum(), 1)
-        return {"mIoU": 100 * mean(iou[there]), "fwIoU": 100 * (share * iou).sum(), "mACC": 100 * mean(accuracy[there]),
-                "pACC": 100 * (share * accuracy).sum(), "absent": int((~there).sum())}
+        return {"mIoU": 100 * mean(iou[there]), "fwIoU": float(100 * (share * iou).sum()),
+                "mACC": 100 * mean(accuracy[there]), "pACC": float(100 * (share * accuracy).sum()),
+                "absent": int((~there).sum())}
 
 
 def mean(values):
@@ -464,7 +468,8 @@ class PanopticQuality:
         there = hit + wrong + missed > 0
         sq, rq = iou / np.maximum(hit, 1), hit / np.maximum(hit + 0.5 * wrong + 0.5 * missed, 0.5)
         out = {}
-        for kind, chosen in (("", there), ("_things", there & self.isthing[1:]), ("_stuff", there & ~self.isthing[1:])):
+        things = self.isthing[1:]
+        for kind, chosen in (("", there), ("_things", there & things), ("_stuff", there & ~things)):
             for name, value in (("PQ", sq * rq), ("SQ", sq), ("RQ", rq)):
                 out[name + kind] = 100 * mean(value[chosen])
         return out
@@ -491,8 +496,9 @@ class AveragePrecision:
                 judge = COCOeval(*sets, kind)
                 judge.params.imgIds, judge.params.catIds = [1], self.things
                 judge.evaluate()
-                kept.append([e and {k: np.bool_(v) if k in ("dtMatches", "gtMatches") else v for k, v in e.items()}
-                             for e in judge.evalImgs])
+                for e in filter(None, judge.evalImgs):                # only whether matched is read later
+                    e["dtMatches"], e["gtMatches"] = e["dtMatches"] > 0, e["gtMatches"] > 0
+                kept.append(judge.evalImgs)
 
     def entry(self, mask, c, **extra):
         code = coco_mask.encode(np.asfortranarray(mask, np.uint8))
@@ -516,13 +522,14 @@ class AveragePrecision:
         for kind, end in (("segm", ""), ("bbox", "_box")):
             judge = COCOeval(iouType=kind)
             judge.params.imgIds, judge.params.catIds = list(range(len(self.matches[kind]))), self.things
-            judge.evalImgs = [e for cell in zip(*self.matches[kind]) for e in cell]  # (class, area) first, image last
+            judge.evalImgs = [e for cell in zip(*self.matches[kind]) for e in cell]     # class, area, image
             judge._paramsEval = copy.deepcopy(judge.params)
             with contextlib.redirect_stdout(io.StringIO()):
                 judge.accumulate()
                 judge.summarize()
             names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-            out |= {name + end: 100 * v if v >= 0 else float("nan") for name, v in zip(names, judge.stats.tolist())}
+            for name, value in zip(names, judge.stats.tolist()):
+                out[name + end] = 100 * value if value >= 0 else float("nan")        # -1: nothing to find
         return out
 
 
@@ -542,9 +549,7 @@ def chunks(pairs, indices, batch):
 
 
 def final_predictions(model, images, cfg, device):
-    """images (B, 3, H, W) uint8 -> B predictions of one image, and the extent of the (padded) masks the image
-    fills.
-    """
+    """images (B, 3, H, W) uint8 -> a prediction each, and the extent of the (padded) masks an image fills."""
     H, W = images.shape[2:]
     x = images.to(device).float() / 255
     if cfg["short"]:
@@ -552,14 +557,14 @@ def final_predictions(model, images, cfg, device):
         x = v2.functional.resize(x, [max(1, round(H * scale)), max(1, round(W * scale))], antialias=True)
     h, w = x.shape[2:]
     down, across = -h % model.backbone.stride, -w % model.backbone.stride
-    x = torch.nn.functional.pad(x - model.mean, (0, across, 0, down)) + model.mean   # the mean colour: 0 for the network
+    x = torch.nn.functional.pad(x - model.mean, (0, across, 0, down)) + model.mean   # the network sees zeros
     out = model(x)[-1]
-    return [{name: out[name][i] for name in ("class_logits", "mask_logits")} for i in range(len(x))], (h / (h + down), w / (w + across))
+    preds = [{name: out[name][i] for name in ("class_logits", "mask_logits")} for i in range(len(x))]
+    return preds, (h / (h + down), w / (w + across))
 
 
 def as_maps(found, size):
-    """What `panoptic` or `instance` found -> (class ids (H, W), instance numbers (H, W)), both numpy, 0 none.
-    """
+    """What `panoptic` or `instance` found -> (class ids (H, W), instance numbers (H, W)), numpy, 0 none."""
     if isinstance(found, tuple):                                      # panoptic: (segment ids, segments)
         table = np.zeros(len(found[1]) + 1, np.int64)
         for s in found[1]:
@@ -597,11 +602,9 @@ def measure(meters, pred, extent, ids, instances, isthing):
 
 @torch.no_grad()
 def evaluate(model, pairs, cfg, device, rank=0, world=1, batch=16):
-    """The task's metrics over a pair folder, in percent. semantic: mIoU; panoptic: PQ, AP, mIoU; instance:
-    AP.
+    """A pair folder's metrics in percent. semantic: mIoU; panoptic: PQ, AP, mIoU; instance: AP.
 
-    Streams: memory does not grow with the set (AP keeps a few bytes a detection). Under torchrun rank 0 gets
-    the result.
+    Streams: memory does not grow with the set (AP keeps a few bytes a detection). Ranks share the images.
     """
     isthing = [c["isthing"] for c in pairs.classes]
     meters = {"PQ": PanopticQuality, "AP": AveragePrecision, "mIoU": Confusion}
@@ -640,9 +643,7 @@ def palette(K):
 
 
 def painted(ids, numbers, K):
-    """Class ids (H, W) and instance numbers (H, W) -> colours (H, W, 3), instances outlined in the edge
-    colour.
-    """
+    """Class ids, instance numbers (H, W) -> colours (H, W, 3), instances outlined in the edge colour."""
     edge = np.zeros(ids.shape, bool)
     edge[:, :-1] |= (numbers[:, 1:] != numbers[:, :-1])
     edge[:-1] |= (numbers[1:] != numbers[:-1])
@@ -685,15 +686,15 @@ def truths(pairs, cfg, n=4):
     for i in chosen(pairs, n):
         image, (ids, instances) = pairs[i]
         instances = instances * (cfg["task"] != "semantic")
-        rows.append([image.permute(1, 2, 0).numpy(), painted(ids.numpy(), instances.numpy(), len(pairs.classes))])
+        colours = painted(ids.numpy(), instances.numpy(), len(pairs.classes))
+        rows.append([image.permute(1, 2, 0).numpy(), colours])
     return rows
 
 
 # ----------------------------------------------------------------------------------------- one run, many runs
 
 def build(cfg, classes, init, new_head=False):
-    """A new segmenter for these classes, or the one in `init`, whose classes must be these unless new_head.
-    """
+    """A new segmenter for these classes, or that of `init`, whose classes must be these unless new_head."""
     names, isthing = [c["name"] for c in classes], [c["isthing"] for c in classes]
     about = dict(isthing=isthing, class_names=names, task=cfg["task"])
     torch.manual_seed(seed_of(cfg["seed"], 4))
@@ -703,16 +704,14 @@ def build(cfg, classes, init, new_head=False):
             return Mask2Former(len(names), **PRESETS[cfg["preset"]], **about, weights=weights)
         except (OSError, KeyError, ValueError) as error:
             raise BadInput(f"--preset {cfg['preset']}: torchvision's ImageNet weights could not be had "
-                           f"({error}); give a "
-                           f"segmenter's weights by --init, or --preset tiny")
+                           f"({error}); give a segmenter's weights by --init, or --preset tiny")
     old = load(init, cfg["task"])
     had = old.config["class_names"]
     same = had == names if had else old.config["num_classes"] == len(names)
     if not same and not new_head:
         raise BadInput(f"{init}: was trained for {old.config['num_classes']} classes "
-                       f"({', '.join(had or ['unnamed'])[:60]}), "
-                       f"the data has {len(names)} ({', '.join(names)[:60]}); --new-head starts a new "
-                       f"classifier on it")
+                       f"({', '.join(had or ['unnamed'])[:60]}), the data has {len(names)} "
+                       f"({', '.join(names)[:60]}); --new-head starts a new classifier on it")
     model = Mask2Former(**{**old.config, **about, "num_classes": len(names)})
     state = {k: v for k, v in old.state_dict().items() if same or not k.startswith("decoder.classes.")}
     model.load_state_dict(state, strict=same)
@@ -728,25 +727,24 @@ def run(cfg, real, synth, evals, out, args):
 
 
 def compare(cfg, real, arms, evals, args, folder):
-    """Trains every arm with every seed, equal steps, and writes the table after each run. arms: {name:
-    [Pairs]}.
+    """Trains every arm ({name: [Pairs]}) with every seed in equal steps; writes the table after each run.
 
     A run lies in FOLDER/runs/ under a name that holds its settings and data, so a killed comparison goes on
     and another protocol finds `real only` and `oracle` done.
     """
-    results, maps = {name: {} for name in arms}, {}
+    results, maps, judges = {name: {} for name in arms}, {}, [(k, p.fingerprint()) for k, p in evals.items()]
     for seed in args.seeds:
         for arm, synth in arms.items():
             own = dict(cfg, seed=seed, synth=[p.fingerprint() for p in synth])
-            key = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:10]
+            key = hashlib.sha256(json.dumps([own, judges], sort_keys=True).encode()).hexdigest()[:10]
             place = folder / "runs" / f"{arm.strip('+ ').replace(' ', '_').lower()}_seed{seed}_{key}"
             if not (place / "result.json").exists():
                 print(f"{arm}, seed {seed}: {place}")
                 model, scores = run(own, real, synth, evals, place, args)
                 if args.place[1] == 0:
-                    shown = {name: previews(model, pairs, own, args.place[0]) for name, pairs in evals.items()}
-                    shown = {f"{name}_{i}": m for name, part in shown.items() for i, m in enumerate(part)}
-                    write(place / "previews.npz", lambda part: np.savez_compressed(open(part, "wb"), **shown))
+                    shown = {f"{name}_{i}": m for name, pairs in evals.items()
+                             for i, m in enumerate(previews(model, pairs, own, args.place[0]))}
+                    write(place / "previews.npz", lambda part: np.savez_compressed(part, **shown))
                     write(place / "result.json", lambda part: part.write_text(json.dumps(scores)))
                     (place / "state.pt").unlink(missing_ok=True)
                 if args.place[2] > 1:
@@ -759,32 +757,35 @@ def compare(cfg, real, arms, evals, args, folder):
         rows = [[*row, *(maps[arm][f"{name}_{i}"] for arm in arms)]
                 for name, pairs in evals.items() for i, row in enumerate(truths(pairs, cfg))]
         picture(folder / f"{args.protocol}.png", rows, ["image", "truth", *arms])
-        print((folder / f"{args.protocol}.md").read_text())
+        print((folder / f"{args.protocol}.md").read_text("utf-8"))
 
 
 def tabulate(cfg, results, splits, args, folder):
     """results {arm: {seed: {split: metrics}}} -> FOLDER/PROTOCOL.md and .json."""
     score = SCORE[cfg["task"]]
-    lines = [f"**{args.protocol}**: {args.data}, {cfg['real']}, {cfg['steps']} steps of {cfg['batch']}, p "
-             f"{cfg['p_synth']}, "
-             f"{score}, seeds {' '.join(map(str, args.seeds))}", "",
-             "| arm | " + " | ".join(f"{s} | gain by seed | share of the oracle's gain" for s in splits) + " |",
+    lines = [f"**{args.protocol}**: {args.data}, {cfg['real']}, {cfg['steps']} steps of {cfg['batch']}, "
+             f"p {cfg['p_synth']}, {score}, seeds {' '.join(map(str, args.seeds))}", "",
+             "| arm | " + " | ".join(f"{s} | gain by seed | share of oracle's gain" for s in splits) + " |",
              "|---" * (1 + 3 * len(splits)) + "|"]
-    rows = {}
-    for arm, by_seed in results.items():
-        rows[arm] = {}
-        for split in splits:
-            value = {s: r[split][score] for s, r in by_seed.items()}
-            gain, top = gains(results, arm, split, score), gains(results, "oracle", split, score)
-            share = mean(list(gain.values())) / mean(list(top.values())) if arm != "real only" and gain and top else None
-            rows[arm][split] = dict(mean=mean(list(value.values())), std=float(np.std(list(value.values()), ddof=len(value) > 1))
-                                    if value else float("nan"), values=value, gain=gain, share=share)
+    arms = {arm: {split: summary(results, arm, split, score) for split in splits}
+            for arm in results if results[arm]}
+    for arm, by_split in arms.items():
         cells = [f"{r['mean']:.1f} ± {r['std']:.1f} | {' '.join(f'{g:+.1f}' for g in r['gain'].values())} | "
-                 + ("" if r["share"] is None else f"{100 * r['share']:.0f} %") for r in rows[arm].values()]
+                 + ("" if r["share"] is None else f"{100 * r['share']:.0f} %") for r in by_split.values()]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    document = dict(protocol=args.protocol, settings=cfg, seeds=args.seeds, score=score, arms=rows, runs=results)
-    write(folder / f"{args.protocol}.md", lambda part: part.write_text("\n".join(lines) + "\n", encoding="utf-8"))
-    write(folder / f"{args.protocol}.json", lambda part: part.write_text(json.dumps(document, indent=1)))
+    document = dict(protocol=args.protocol, settings=cfg, score=score, arms=arms, runs=results)
+    name = folder / args.protocol
+    write(name.with_name(f"{name.name}.md"), lambda part: part.write_text("\n".join(lines) + "\n", "utf-8"))
+    write(name.with_name(f"{name.name}.json"), lambda part: part.write_text(json.dumps(document, indent=1)))
+
+
+def summary(results, arm, split, score):
+    """An arm on a split over its seeds: mean, std, values, gain by seed, share of the oracle's mean gain."""
+    values = {seed: scores[split][score] for seed, scores in results[arm].items()}
+    gain, top = gains(results, arm, split, score), gains(results, "oracle", split, score)
+    share = mean(list(gain.values())) / mean(list(top.values())) if gain and top else None
+    std = float(np.std(list(values.values()), ddof=1)) if len(values) > 1 else 0.0
+    return dict(mean=mean(list(values.values())), std=std, values=values, gain=gain, share=share)
 
 
 def gains(results, arm, split, score):
@@ -856,11 +857,12 @@ def settings(args, real, synth, world):
     recipe, given = RECIPES[args.recipe], vars(args)
     cfg = {k: recipe[k] if given[k] is None else given[k] for k in ("preset", "steps", "batch", "lr")}
     stride = 16 if cfg["preset"] == "tiny" else 32
-    size = args.size or ([recipe["size"]] * 2 if recipe["size"] else [-(-n // stride) * stride for n in real[0][0].shape[1:]])
+    natural = [-(-n // stride) * stride for n in real[0][0].shape[1:]]   # up to the network's stride
+    size = args.size or ([recipe["size"]] * 2 if recipe["size"] else natural)
     short = min(size) if args.size and not recipe["size"] else recipe["short"]
     cfg.update({k: given[k] for k in ("recipe", "task", "seed", "accumulate", "p_synth", "pretrain")})
-    return dict(cfg, size=size, short=short, longest=recipe["longest"], world=world, init=args.init and str(args.init),
-                real=real.fingerprint(), synth=[p.fingerprint() for p in synth])
+    return dict(cfg, size=size, short=short, longest=recipe["longest"], world=world, real=real.fingerprint(),
+                synth=[p.fingerprint() for p in synth], init=args.init and str(args.init))
 
 
 def folders(args):
@@ -877,7 +879,7 @@ def folders(args):
             made(folder, f"{folder.name}.py", "--data", "shapes", "--out", str(folder))
     if not root.is_dir():
         script = HERE / "data" / args.data / "prepare.py"
-        todo = f"run `python data/{args.data}/prepare.py --root RAW` first" if script.is_file() else "check the name or path"
+        todo = f"run `python data/{name}/prepare.py --root RAW`" if script.is_file() else "check --data"
         raise BadInput(f"{root}: looked for a data set's folder with train/ and val/, found none; {todo}")
     return root, name, synth or []
 
@@ -889,8 +891,7 @@ def check_task(args, sets):
     for pairs in sets:
         if not pairs.has_instances:
             raise BadInput(f"{pairs.root / 'instances'}: looked for instance maps for --task {args.task}, "
-                           f"found no such "
-                           f"folder; use --task semantic")
+                           f"found no such folder; use --task semantic")
     if args.task == "instance" and not any(c["isthing"] for c in sets[0].classes):
         raise BadInput(f"{sets[0].root / 'classes.json'}: --task instance needs a class with isthing true, "
                        f"found none")
@@ -943,13 +944,12 @@ def arms_of(args, real, root, synth):
         arms["+ both" if len(folders) == 2 else "+ all"] = list(folders.values())
     wanted = [name.lower() for name in args.arms]
     if args.oracle or args.limit_real and len(stems(root / "train" / "images")) > args.limit_real:
-        arms["oracle"] = [Pairs(args.oracle or root / "train", real, first=0 if args.oracle else args.limit_real)]
+        arms["oracle"] = [Pairs(args.oracle or root / "train", real, 0 if args.oracle else args.limit_real)]
     known = {name.replace("+", "").replace("only", "").strip().lower(): name for name in arms}
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise BadInput(f"--arms {unknown[0]}: the arms are {', '.join(known)}; give folders by --synth, and "
-                       f"for the oracle "
-                       f"--limit-real or --oracle")
+                       f"for the oracle --limit-real or --oracle")
     return {name: arms[name] for short, name in known.items() if not wanted or short in wanted}
 
 
@@ -969,8 +969,7 @@ def weights_of(args, out):
         if path and path.exists():
             return path
     raise BadInput(f"{args.init or out / 'model.safetensors'}: looked for a trained segmenter, found none; "
-                   f"train one first, or "
-                   f"give --init")
+                   f"train one first, or give --init")
 
 
 def tell(scores, args, cfg, out):
@@ -1005,7 +1004,8 @@ def go(args):
         scores = {key: evaluate(model, part, cfg, device, rank, world) for key, part in evals.items()}
     else:
         if rank == 0:
-            print(f"{len(real)} real pairs" + "".join(f", {len(p)} of {p.root}" for p in pairs) + f", p {args.p_synth}: {out}")
+            parts = [f"{len(p)} pairs of {p.root}" for p in (real, *pairs)]
+            print(f"{out}: {', '.join(parts)}; p {args.p_synth}", flush=True)
         model, scores = run(cfg, real, pairs, evals, out, args)
     if rank == 0:
         tell(scores, args, cfg, out)

@@ -63,7 +63,7 @@ def read(path, cheap=False):
         raise ValueError(f"{path}: a whole picture was looked for, found none ({error}); unpack it again")
 
 
-def views(label, instance, classes):
+def views(label, instance):
     """Raw mask and instance picture (or None) -> (H, W) uint8 class ids and (H, W) uint8 instances (or None).
 
     The instance picture holds the class, 1 to 100, in R and a number that is its own within the image in G.
@@ -88,9 +88,9 @@ def views(label, instance, classes):
                          " take annotations_instance of the same release")
     own = (numbers > 0) & (np.array([0] + THINGS)[kinds] == ids)
     found, where = np.unique(np.where(own, numbers, 0), return_inverse=True)
-    order = np.minimum(np.arange(1, len(found) + 1), CROWD) - (found[0] == 0)       # 1, 2, ... and 0 for none
-    thing = np.isin(ids, THINGS)
-    return ids, np.where(own, order[where].reshape(ids.shape), np.where(thing, CROWD, 0)).astype(np.uint8)
+    order = np.minimum(np.arange(len(found)) + (found[0] > 0), CROWD)           # 0 for none, 1, 2, ..., 254, crowd
+    rest = np.where(np.isin(ids, THINGS), CROWD, 0)
+    return ids, np.where(own, order[where].reshape(ids.shape), rest).astype(np.uint8)
 
 
 # ---- captions --------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def caption_file(path):
         captions = error
     if not captions or isinstance(captions, Exception):
         sys.exit(f"{path}: JSON or JSONL of image name -> caption was looked for, found"
-                 f" {captions or 'none'!r}; write {{\"NAME.jpg\": \"a caption\", ...}}")
+                 f" {captions or 'none'}; write {{\"NAME.jpg\": \"a caption\", ...}}")
     return captions
 
 
@@ -196,7 +196,7 @@ def made(job, classes, shorter):
     """A job (image, mask and instance path or None, scene, lines, folder) -> image, {kind: view}, lines."""
     source, label, instance, scene, lines, _ = job
     image = read(source, cheap=not shorter)
-    ids, instances = views(label, instance, classes)
+    ids, instances = views(label, instance)
     size, stem = image.info["size"], os.path.splitext(os.path.basename(source))[0]
     if size != ids.shape[::-1]:
         raise ValueError(f"{label}: width, height {size} of its image was looked for, found"

@@ -166,7 +166,7 @@ def caption_file(path):
         captions = error
     if not captions or isinstance(captions, Exception):
         sys.exit(f"{path}: JSON or JSONL of image name -> caption was looked for, found"
-                 f" {captions or 'none'!r}; write {{\"NAME.jpg\": \"a caption\", ...}}")
+                 f" {captions or 'none'}; write {{\"NAME.jpg\": \"a caption\", ...}}")
     return captions
 
 
