@@ -440,7 +440,8 @@ def replacing(path):
 def save(model, folder):
     """Writes FOLDER/model.safetensors: the weights, and the constructor arguments as JSON in its metadata."""
     state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    write_tensors(state, dict(format=FORMAT, **{"class": type(model).__name__, "config": json.dumps(model.config)}), folder)
+    about = {"format": FORMAT, "class": type(model).__name__, "config": model.config}
+    write_tensors(state, dict(seggen=json.dumps(about)), folder)         # one key: several come in a random order
 
 
 def halve(source, folder):
@@ -469,16 +470,16 @@ def read(path, kind):
         sys.exit(f"{path}: looked for a {kind} checkpoint, found no such file; train one or give another --init / --weights")
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            about = json.loads((file.metadata() or {}).get("seggen", "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         sys.exit(f"{path}: looked for a safetensors file, found something else or a truncated one ({error}); "
                  f"only .safetensors is read, never a pickle")
-    found = metadata.get("format", "none"), metadata.get("class", "none")
+    found = about.get("format", "none"), about.get("class", "none")
     if found != (FORMAT, kind):
         sys.exit(f"{path}: looked for a checkpoint of format {FORMAT} that holds a {kind}, found format {found[0]} with "
                  f"{found[1]}; train it with this version")
-    return json.loads(metadata["config"]), {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
+    return about["config"], {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
 
 
 def load(cls, path, device="cpu"):

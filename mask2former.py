@@ -740,7 +740,8 @@ def save(model, path):
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     path = os.path.abspath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    save_file(tensors, path + ".part", {"format": "seggen-1", "class": "Mask2Former", "config": json.dumps(model.config)})
+    about = {"format": "seggen-1", "class": "Mask2Former", "config": model.config}
+    save_file(tensors, path + ".part", {"seggen": json.dumps(about)})    # one key: several come in a random order
     os.replace(path + ".part", path)
 
 
@@ -751,10 +752,11 @@ def load(path, task=None):
     path = os.fspath(path)
     file = os.path.join(path, "model.safetensors") if os.path.isdir(path) else path
     tensors, metadata = read(file)
-    if metadata.get("format") == "seggen-1":
-        if metadata.get("class") != "Mask2Former":
-            sys.exit(f"{file}: holds a {metadata.get('class')}, not a Mask2Former")
-        config = json.loads(metadata["config"])
+    about = json.loads(metadata.get("seggen", "{}"))
+    if about.get("format") == "seggen-1":
+        if about.get("class") != "Mask2Former":
+            sys.exit(f"{file}: holds a {about.get('class')}, not a Mask2Former")
+        config = about["config"]
     else:
         config, tensors = public_config(file, tensors), renamed(tensors)
     config["task"] = task or config.get("task", "panoptic")

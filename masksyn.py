@@ -139,7 +139,7 @@ def main():
     mask2img_flags(parser, 64, ("--per-caption",))
     parser.add_argument("--text2mask", type=Path, help="trained Text2Mask (default: the demo's, or out/NAME/text2mask)")
     parser.add_argument("--mask-steps", type=positive(int), default=25, help="sampling steps of a mask")
-    parser.add_argument("--mask-guidance", type=float, default=2.0, help="guidance of masks; 1 = none")
+    parser.add_argument("--mask-guidance", type=float, default=1.3, help="guidance of masks; 1 = none")
     parser.add_argument("--min-region", type=positive(int), default=8, help="smaller regions go to their surroundings")
     args = parser.parse_args()
     folder = dataset_folder(args.data, "train")

@@ -340,7 +340,7 @@ class Text2Mask(TextToImage):
         tokens = batch["tokens"] * (torch.rand(len(codes), 1, device=codes.device) >= drop)
         return F.cross_entropy(net(x, t, tokens, batch["time_ids"]).float(), codes)
 
-    def sample(self, captions, seeds, steps=25, guidance=2.0, sampler="dpm++", size=None, maps=False):
+    def sample(self, captions, seeds, steps=25, guidance=1.3, sampler="dpm++", size=None, maps=False):
         """B captions and seeds -> (B, H, W) uint8 codes: the likeliest colour of the last step; with maps also the
         colour maps (B, H, W, 3) float in [0, 255] that they are read from."""
         last = []
@@ -431,7 +431,7 @@ def common_flags(parser, steps, batch, lr):
 def sampling_flags(parser):
     parser.add_argument("--init", type=Path, default=ROOT / "weights" / "shapes" / "text2mask", help="trained Text2Mask")
     parser.add_argument("--steps", type=positive(int), default=25, help="sampling steps")
-    parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance; 1 = none")
+    parser.add_argument("--guidance", type=float, default=1.3, help="classifier-free guidance; 1 = none")
     parser.add_argument("--sampler", choices=("dpm++", "ddim", "euler", "edm"), default="dpm++")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")

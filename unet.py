@@ -1,13 +1,14 @@
-"""Every network of the generators in plain PyTorch: SDXL's UNet, ControlNet, VAE, CLIP text encoders, tokenizer.
+"""Every network of the generators in plain PyTorch: SDXL's UNet, ControlNet, VAE, CLIP and its tokenizer.
 
-A denoising UNet sees a noisy picture, the time and a caption; a ControlNet is a copy of its encoder that also sees
-a colour map and adds what it finds to the UNet's skip connections. Attribute names are the key names of the public
-checkpoints: official weights load with a strict `load_state_dict`, ours open in the public libraries. The small
-models of the built-in data are the same classes with other arguments: see PRESETS.
+A denoising UNet sees a noisy picture, the time and a caption; a ControlNet is a copy of its encoder that
+also sees a colour map, and adds what it finds to the UNet's skip connections. Attribute names are the key
+names of the public checkpoints: official weights load with a strict `load_state_dict`, ours open in the
+public libraries. The small models of the built-in data are the same classes with other arguments: see
+PRESETS.
 
 Paper: SDXL (2307.01952), ControlNet (2302.05543), CLIP (2103.00020); SegGen (2311.03355) fine-tunes SDXL.
-Differs: small models work on pixels in patches, with a full-resolution head, and read bytes, not CLIP's tokens.
-Reads: vocab.json, merges.txt (or tokenizer.json) and tokenizer_config.json of a tokenizer folder. Writes: nothing.
+Differs: small models work on patches of pixels, with a full-resolution head, and read bytes, not tokens.
+Reads: vocab.json, merges.txt (or tokenizer.json), tokenizer_config.json.  Writes: nothing.
 Needs: no sibling file.
 
     python unet.py                  # the sizes of every preset
@@ -41,7 +42,8 @@ PRESETS = {
     "sdxl": {       # the arguments' defaults are SDXL's
         "unet": {}, "controlnet": {}, "vae": {}, "text_encoder": {},
         "text_encoder_2": dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
-                               num_attention_heads=20, hidden_act="gelu", projection_dim=1280, projection=True),
+                               num_attention_heads=20, hidden_act="gelu", projection_dim=1280,
+                               projection=True),
     },
 }
 
@@ -60,9 +62,9 @@ SUPPORTED = NEEDED | {
     "use_quant_conv": True}
 # Options that do not change what is computed.
 IGNORED = {
-    "_class_name", "_diffusers_version", "_name_or_path", "_use_default_values", "addition_embed_type_num_heads",
-    "architectures", "bos_token_id", "dtype", "force_upcast", "initializer_factor", "initializer_range",
-    "pad_token_id", "sample_size", "torch_dtype", "transformers_version"}
+    "_class_name", "_diffusers_version", "_name_or_path", "_use_default_values", "architectures",
+    "addition_embed_type_num_heads", "bos_token_id", "dtype", "force_upcast", "initializer_factor",
+    "initializer_range", "pad_token_id", "sample_size", "torch_dtype", "transformers_version"}
 
 
 def public_arguments(cls):
@@ -72,16 +74,16 @@ def public_arguments(cls):
 
 
 def from_config(cls, config):
-    """A network from the dict of a public config.json. Raises ValueError, with the key, where it is not SDXL's."""
+    """A network from the dict of a public config.json. Raises ValueError, naming the key."""
     own = public_arguments(cls)
     for key in own + list(NEEDED if "cross_attention_dim" in own else ()):
         if key not in config:
-            raise ValueError(f"the configuration has no {key}: it is not of SDXL's kind")
+            raise ValueError(f"the configuration has no {key}: it is not SDXL's")
     down = config.get("down_block_types", ())
     mirror = [kind.replace("Down", "Up").replace("Encoder", "Decoder") for kind in reversed(down)]
     for key in config.keys() - own - IGNORED:
         value, only = config[key], mirror if key == "up_block_types" else SUPPORTED.get(key)
-        if key == "down_block_types":                               # a VAE's: only the kind matters, not the number
+        if key == "down_block_types":                               # a VAE's: their number is known
             value, only = set(value), {"DownEncoderBlock2D"}
         if value != only and (value or only):
             raise ValueError(f"{key} = {value!r} is not supported, only {only!r}")
@@ -113,7 +115,7 @@ def zero(module):
 
 
 def fourier(x, dim):
-    """(N,) numbers -> (N, dim): cosines, then sines, at dim / 2 frequencies from 1 to nearly 1 / 10000, fp32."""
+    """(N,) numbers -> (N, dim): cosines, then sines, at dim / 2 frequencies from 1 to about 1e-4, fp32."""
     frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=x.device) / (dim // 2))
     angle = x.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=1)
@@ -156,7 +158,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of (B, N, D) to itself, to a context (B, L, context_dim), or to the keys, values of `project`."""
+    """Attention of (B, N, D) to itself, to a context (B, L, context_dim), or to what `project` returned."""
 
     def __init__(self, dim, heads, context_dim=None, bias=False):
         super().__init__()
@@ -342,7 +344,7 @@ class Encoder(nn.Module):
     from_config = classmethod(from_config)
 
     def public_config(self):
-        """The dict to write as config.json: with it the public library opens our state dict. No patches there."""
+        """The dict to write as config.json: with it the public library opens our state dict."""
         patch, head = self.config["patch_size"], self.config["head_channels"]
         assert patch == 1 and head == 0, f"patch_size {patch} and head_channels {head} have no public name"
         config = {k: v for k, v in self.config.items() if k not in ("patch_size", "head_channels")}
@@ -403,7 +405,7 @@ class UNet(Encoder):
         self.up_blocks = nn.ModuleList()
         for i in reversed(range(len(widths))):
             below, above, width = widths[min(i + 1, last)], widths[max(i - 1, 0)], widths[i]
-            pairs = [((width if j else below) + (width if j < layers else above), width)    # + the skip's width
+            pairs = [((width if j else below) + (width if j < layers else above), width)    # second: the skip
                      for j in range(layers + 1)]
             self.up_blocks.append(UpBlock(pairs, *self.attention(i), upsample=i > 0))
         self.conv_norm_out = nn.GroupNorm(c["norm_num_groups"], widths[0], 1e-5)
@@ -603,12 +605,13 @@ class VAEDecoder(VAEHalf):
 
 
 class VAE(nn.Module):
-    """SDXL's autoencoder: pictures (B, 3, H, W) in [-1, 1] <-> latents (B, 4, H / 8, W / 8), about unit variance.
+    """SDXL's autoencoder: pictures (B, 3, H, W) in [-1, 1] <-> latents (B, 4, H / 8, W / 8).
 
-    Pictures go through it `slices` at a time, so a large batch needs little more memory. It overflows in fp16."""
+    Pictures go through it `slices` at a time, whatever the batch. It overflows in fp16."""
 
     def __init__(self, in_channels=3, out_channels=3, latent_channels=4,
-                 block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32, scaling_factor=0.13025):
+                 block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32,
+                 scaling_factor=0.13025):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         shape = latent_channels, block_out_channels, layers_per_block, norm_num_groups
@@ -670,7 +673,7 @@ class CLIPLayer(nn.Module):
 
 
 class CLIPText(nn.Module):
-    """One of SDXL's text encoders; SDXL reads the layer before the last, and the second one's pooled vector."""
+    """One of SDXL's text encoders; it reads the layer before the last, and the second's pooled vector."""
 
     def __init__(self, vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
                  num_attention_heads=12, max_position_embeddings=77, hidden_act="quick_gelu",
@@ -711,8 +714,8 @@ def public_clip_keys(model, state, *_):
         state[f"text_model.{key}"] = state.pop(key)
 
 
-# CLIP's regular expression over a text's character classes, as Python's `re` knows no \p{L} and \p{N}; every white
-# space is a blank by then.
+# CLIP's regular expression over a text's character classes, as Python's `re` knows no \p{L} and \p{N}. By
+# then every white space is a blank.
 WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^ a-z0-9]+")
 SPACES = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -731,9 +734,9 @@ def byte_characters():
 
 
 class CLIPTokenizer:
-    """CLIP's byte-pair encoding, from a folder's vocab.json and merges.txt, or tokenizer.json which holds both.
+    """CLIP's byte-pair encoding, from a folder's vocab.json and merges.txt, or its tokenizer.json.
 
-    Raises ValueError where there is neither. A padding token other than the end (SDXL's second tokenizer: `!`) is
+    Raises ValueError where there is neither. A padding token other than the end (`!` in SDXL's second) is
     special wherever it stands in a caption, as in the public tokenizer."""
 
     def __init__(self, folder, length=77):

@@ -88,7 +88,7 @@ def views(label, instance):
                          " take annotations_instance of the same release")
     own = (numbers > 0) & (np.array([0] + THINGS)[kinds] == ids)
     found, where = np.unique(np.where(own, numbers, 0), return_inverse=True)
-    order = np.minimum(np.arange(len(found)) + (found[0] > 0), CROWD)           # 0 for none, 1, 2, ..., 254, crowd
+    order = np.minimum(np.arange(len(found)) + (found[0] > 0), CROWD)  # 0 none, 1 to 254, then crowd
     rest = np.where(np.isin(ids, THINGS), CROWD, 0)
     return ids, np.where(own, order[where].reshape(ids.shape), rest).astype(np.uint8)
 
