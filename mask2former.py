@@ -1,21 +1,25 @@
 """Mask2Former: one network for semantic, panoptic and instance segmentation, in plain PyTorch.
 
-A backbone makes features, a pixel decoder (multi-scale deformable attention) refines them, and Q learned queries read
-them through attention that each query restricts to the mask it predicted one layer before. Every query ends as a class
-(or "no object") and a mask; training matches queries to true segments one to one. `load` reads the official weights.
+A backbone makes features, a pixel decoder (multi-scale deformable attention) refines them, and Q learned
+queries read them through attention that each query restricts to the mask it predicted one layer before. Every
+query ends as a class (or "no object") and a mask; training matches queries to true segments one to one.
+`load` reads the official weights.
 
-Paper:   Cheng et al., Masked-attention Mask Transformer for Universal Image Segmentation, arXiv 2112.01527 (CVPR 2022);
-         deformable attention: arXiv 2010.04159; point sampling: PointRend, arXiv 1912.08193. Defaults are the YAML values.
-Differs: one set of matching points an image serves all layers (the original draws new ones for each); `tiny`, a small
-         preset of our own whose masks have stride 2, not 4; `valid` in a target leaves void points out of the mask
-         losses (without it void counts as background, as in the original); masks reach any output size in one resize.
-Reads:   weights/shapes/mask2former/model.safetensors or --weights PATH (ours, or a transformers folder), images.
+Paper:   Cheng et al., Masked-attention Mask Transformer for Universal Image Segmentation, arXiv 2112.01527
+         (CVPR 2022); deformable attention: arXiv 2010.04159; point sampling: PointRend, arXiv 1912.08193.
+         Defaults are the YAML values.
+Differs: one set of matching points an image serves all layers (the original draws new ones for each); `tiny`,
+         a small preset of our own whose masks have stride 2, not 4; `valid` in a target leaves void points
+         out of the mask losses (without it void counts as background, as in the original); masks reach any
+         output size in one resize.
+Reads:   images; weights/shapes/mask2former/model.safetensors or --weights PATH (ours or transformers)
 Writes:  out/overlays/NAME.png
 Needs:   nothing beside it.
 
     python mask2former.py photo.jpg --weights mask2former-swin-tiny-coco-panoptic/ --task panoptic
 
-B batch, H W pixels, h w mask pixels, Q queries, K classes, D width, N tokens or true segments, M heads, L outputs, P points
+B batch, H W pixels, h w mask pixels, Q queries, K classes, D width, N tokens or true segments, M heads, L
+outputs, P points
 """
 import json
 import math
@@ -43,18 +47,19 @@ TASKS = ("semantic", "panoptic", "instance")
 
 # embed_dim, depths, heads, window: B and L are the 384 px models, windows of 12
 SWINS = {"swin_t": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7), "swin_s": (96, (2, 2, 18, 2), (3, 6, 12, 24), 7),
-         "swin_b": (128, (2, 2, 18, 2), (4, 8, 16, 32), 12), "swin_l": (192, (2, 2, 18, 2), (6, 12, 24, 48), 12)}
+         "swin_b": (128, (2, 2, 18, 2), (4, 8, 16, 32), 12),
+         "swin_l": (192, (2, 2, 18, 2), (6, 12, 24, 48), 12)}
 
 PRESETS = {                                                      # Mask2Former(num_classes, **PRESETS[NAME])
     "tiny": dict(backbone="tiny", queries=40, width=64, heads=4, encoder_layers=2, decoder_layers=3,
                  encoder_ffn=128, decoder_ffn=256, points=256),
     "resnet50": dict(backbone="resnet50"), "resnet101": dict(backbone="resnet101"),
     "swin_t": dict(backbone="swin_t"), "swin_s": dict(backbone="swin_s"), "swin_b": dict(backbone="swin_b"),
-    "swin_l": dict(backbone="swin_l", queries=200),              # the original: 200 for Swin-L, but 100 on ADE20K semantic
+    "swin_l": dict(backbone="swin_l", queries=200),  # the original: 100 on ADE20K semantic
 }
 
 
-# ---- backbones: (B, 3, H, W) -> four maps, each half the size of the one before -------------------------------------
+# ---- backbones: (B, 3, H, W) -> four maps, each half the size of the one before ----------------------------
 
 class ResNet(nn.Module):
     """torchvision's ResNet-50 or -101 with frozen batch norm, as the original: wants pretrained `weights`."""
@@ -82,7 +87,8 @@ class Tiny(nn.Module):
     def __init__(self, channels=(32, 64, 96, 128)):
         super().__init__()
         norm = partial(nn.GroupNorm, 8)
-        self.stem = nn.Sequential(nn.Conv2d(3, channels[0], 3, 2, 1, bias=False), norm(channels[0]), nn.ReLU(True))
+        conv = nn.Conv2d(3, channels[0], 3, 2, 1, bias=False)
+        self.stem = nn.Sequential(conv, norm(channels[0]), nn.ReLU(True))
         self.stages, self.channels = nn.ModuleList(), channels
         for i, (a, b) in enumerate(zip(channels[:1] + channels, channels)):
             skip = nn.Sequential(nn.Conv2d(a, b, 1, 2, bias=False), norm(b)) if i else None
@@ -92,13 +98,13 @@ class Tiny(nn.Module):
 
 
 class WindowAttention(ShiftedWindowAttention):
-    """Swin's attention, always shifted in odd blocks. torchvision drops the shift on maps of a single window, where the
-    original (and so every public weight) keeps it."""
+    """Swin's attention, always shifted in odd blocks. torchvision drops the shift on maps of a single window,
+    where the original (and so every public weight) keeps it."""
 
     def define_relative_position_index(self):
         super().define_relative_position_index()
         index = self._buffers.pop("relative_position_index")
-        self.register_buffer("relative_position_index", index, persistent=False)   # a constant: not in the weights
+        self.register_buffer("relative_position_index", index, persistent=False)  # a constant
 
     def shift_mask(self, H, W, device):
         """(windows, n, n) bool: which positions of a window touched in the image before the shift."""
@@ -111,7 +117,7 @@ class WindowAttention(ShiftedWindowAttention):
     def forward(self, x):
         B, H, W, C = x.shape
         (w, _), (s, _) = self.window_size, self.shift_size
-        x = F.pad(x, (0, 0, 0, -W % w, 0, -H % w))                           # (B, H', W', C), multiples of the window
+        x = F.pad(x, (0, 0, 0, -W % w, 0, -H % w))                   # (B, H', W', C), multiples of the window
         _, tall, wide, _ = x.shape
         if s:
             x = x.roll((-s, -s), (1, 2))
@@ -120,7 +126,7 @@ class WindowAttention(ShiftedWindowAttention):
         bias = self.get_relative_position_bias()                             # (1, M, n, n)
         if s:
             keep = self.shift_mask(tall, wide, x.device)[:, None]
-            bias = (bias + torch.zeros_like(keep, dtype=bias.dtype).masked_fill(~keep, -100)).repeat(B, 1, 1, 1)
+            bias = (bias - 100.0 * ~keep).repeat(B, 1, 1, 1)                 # (B windows, M, n, n)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
         x = self.proj(rearrange(x, "b m n d -> b n (m d)"))
         x = rearrange(x, "(b h w) (a c) d -> b (h a) (w c) d", a=w, c=w, h=tall // w, w=wide // w)
@@ -136,8 +142,9 @@ class Swin(nn.Module):
     def __init__(self, name, weights=None):
         super().__init__()
         width, depths, heads, window = SWINS[name]
-        net = SwinTransformer((4, 4), width, list(depths), list(heads), [window] * 2, stochastic_depth_prob=0.3,
-                              num_classes=1, block=partial(SwinTransformerBlock, attn_layer=WindowAttention))
+        block = partial(SwinTransformerBlock, attn_layer=WindowAttention)
+        net = SwinTransformer([4, 4], width, list(depths), list(heads), [window] * 2,
+                              stochastic_depth_prob=0.3, num_classes=1, block=block)
         self.features = net.features             # stem, then stages at 1, 3, 5, 7 with patch merging between
         self.channels = tuple(width * 2 ** i for i in range(4))
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
@@ -155,10 +162,11 @@ class Swin(nn.Module):
         return maps
 
 
-# ---- pixel decoder: deformable attention over three scales, then one finer map for the masks ------------------------
+# ---- pixel decoder: deformable attention over three scales, then one finer map for the masks ---------------
 
 def positions(h, w, width, device):
-    """Sine code of every pixel: (1, h w, width), rows in the first half of the channels, columns in the second."""
+    """Sine code of every pixel: (1, h w, width), rows in the first half of the channels, columns in the
+    second."""
     rate = 10000 ** (2 * torch.arange(width // 4, device=device) / (width // 2))
 
     def axis(n):
@@ -180,18 +188,20 @@ class DeformableAttention(nn.Module):
         for layer in (self.offsets, self.weights):
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.weights.bias)
-        angle = torch.arange(heads) * 2 * math.pi / heads                    # head m starts by looking in direction m,
+        angle = torch.arange(heads) * 2 * math.pi / heads           # head m starts by looking in direction m,
         ring = torch.stack([angle.cos(), angle.sin()], 1)
         ring = ring / ring.abs().amax(1, keepdim=True)
         steps = torch.arange(1, points + 1)                                  # point p at distance p
         with torch.no_grad():
-            self.offsets.bias.copy_((ring[:, None, None] * steps[:, None]).expand(-1, levels, -1, -1).flatten())
+            ring = (ring[:, None, None] * steps[:, None]).expand(-1, levels, -1, -1)
+            self.offsets.bias.copy_(ring.flatten())
         for layer in (self.value, self.out):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x, code, places, sizes):
-        """x, code (B, N, D); places (N, 2) x y of each token in 0..1; sizes: (h, w) of each scale -> (B, N, D)."""
+        """x, code (B, N, D); places (N, 2) x y of each token in 0..1; sizes: (h, w) of each scale -> (B, N,
+        D)."""
         B, N, _ = x.shape
         q = x + code
         shape = (B, N, self.heads, self.levels, self.points)
@@ -202,7 +212,8 @@ class DeformableAttention(nn.Module):
             grid = 2 * places[:, None, None] - 1 + offsets[:, :, :, i] * (2 / offsets.new_tensor([w, h]))
             value = rearrange(values[i], "b (h w) (m d) -> (b m) d h w", h=h, m=self.heads)
             seen = F.grid_sample(value, rearrange(grid, "b n m p c -> (b m) n p c"), align_corners=False)
-            out = out + (seen * rearrange(weights[:, :, :, i], "b n m p -> (b m) 1 n p")).sum(3)   # (B M, d, N)
+            weight = rearrange(weights[:, :, :, i], "b n m p -> (b m) 1 n p")
+            out = out + (seen * weight).sum(3)                               # (B M, d, N)
         return self.out(rearrange(out, "(b m) d n -> b n (m d)", b=B).to(x.dtype))
 
 
@@ -226,7 +237,8 @@ def conv_norm(a, b, size, bias=False):
 
 
 class PixelDecoder(nn.Module):
-    """Four backbone maps -> (B, D, h, w) mask features at the finest stride, and the three refined maps, coarse first."""
+    """Four backbone maps -> (B, D, h, w) mask features at the finest stride, and the three refined maps,
+    coarse first."""
 
     def __init__(self, channels, width=256, heads=8, layers=6, ffn=1024):
         super().__init__()
@@ -247,13 +259,14 @@ class PixelDecoder(nn.Module):
                                                        indexing="xy"), 2).flatten(0, 1) for h, w in sizes])
         for layer in self.layers:
             x = layer(x, code, places, sizes)                                # (B, N, D)
-        maps = [part.mT.unflatten(2, size) for part, size in zip(x.split([h * w for h, w in sizes], 1), sizes)]
+        parts = x.split([h * w for h, w in sizes], 1)
+        maps = [part.mT.unflatten(2, size) for part, size in zip(parts, sizes)]
         up = F.interpolate(maps[-1], fine.shape[-2:], mode="bilinear", align_corners=False)
         fine = F.relu(self.smooth(self.lateral(fine) + up))                  # (B, D, h, w)
         return self.masks(fine), maps
 
 
-# ---- masked-attention decoder ---------------------------------------------------------------------------------------
+# ---- masked-attention decoder ------------------------------------------------------------------------------
 
 class Attention(nn.Module):
     """Multi-head attention with one fused projection; `keep` (B, Q, N) bool says what a query may look at."""
@@ -284,16 +297,18 @@ class DecoderLayer(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, x, place, keys, values, keep):
-        """x queries (B, Q, D), place their learned positions, keys and values (B, N, D), keep (B, Q, N) bool."""
-        x = self.norm1(x + self.cross(x + place, keys, values, keep))        # paper: cross before self attention
+        """x queries (B, Q, D), place their learned positions, keys and values (B, N, D), keep (B, Q, N)
+        bool."""
+        x = self.norm1(x + self.cross(x + place, keys, values, keep))     # paper: cross before self attention
         q = x + place
         x = self.norm2(x + self.self(q, q, x))
         return self.norm3(x + self.ff2(F.relu(self.ff1(x))))
 
 
 class Prediction(dict):
-    """One output: "class_logits" (B, Q, K + 1), the last class "no object"; "mask_embed" (B, Q, D) and "features"
-    (B, D, h, w), whose product "mask_logits" (B, Q, h, w) is made when first asked for: most outputs never need it."""
+    """One output: "class_logits" (B, Q, K + 1), the last class "no object"; "mask_embed" (B, Q, D) and
+    "features" (B, D, h, w), whose product "mask_logits" (B, Q, h, w) is made when first asked for: most
+    outputs never need it."""
 
     def __missing__(self, key):
         if key != "mask_logits":
@@ -303,11 +318,13 @@ class Prediction(dict):
 
 
 class Decoder(nn.Module):
-    """Mask features and three maps -> predictions of the untouched queries and after each layer (maps in turn)."""
+    """Mask features and three maps -> predictions of the untouched queries and after each layer (maps in
+    turn)."""
 
     def __init__(self, num_classes, queries=100, width=256, heads=8, layers=9, ffn=2048):
         super().__init__()
-        self.queries, self.places = nn.Parameter(torch.randn(queries, width)), nn.Parameter(torch.randn(queries, width))
+        self.queries = nn.Parameter(torch.randn(queries, width))
+        self.places = nn.Parameter(torch.randn(queries, width))
         self.level = nn.Parameter(torch.randn(3, width))
         self.layers = nn.ModuleList(DecoderLayer(width, heads, ffn) for _ in range(layers))
         self.norm, self.classes = nn.LayerNorm(width), nn.Linear(width, num_classes + 1)
@@ -322,7 +339,7 @@ class Decoder(nn.Module):
         codes = [positions(*m.shape[-2:], m.shape[1], m.device) for m in maps]
         values = [m.flatten(2).mT + self.level[i] for i, m in enumerate(maps)]               # (B, N, D)
         keys = [value + code for value, code in zip(values, codes)]
-        small = [F.interpolate(features.detach(), m.shape[-2:], mode="bilinear", align_corners=False) for m in maps]
+        small = [F.interpolate(features.detach(), m.shape[-2:], mode="bilinear") for m in maps]
         x = self.queries.expand(len(features), -1, -1)                       # (B, Q, D)
         outputs = [self.predict(x, features)]
         for i, layer in enumerate(self.layers):
@@ -334,18 +351,20 @@ class Decoder(nn.Module):
 
     @staticmethod
     def inside(embed, features):
-        """(B, Q, N) bool: where a query's mask is foreground; everywhere for a query whose mask is empty. The paper
-        resizes the masks; to resize the features they are a product of is the same and cheaper."""
+        """(B, Q, N) bool: where a query's mask is foreground; everywhere for a query whose mask is empty. The
+        paper resizes the masks; to resize the features they are a product of is the same and cheaper."""
         keep = torch.einsum("bqd,bdhw->bqhw", embed, features).flatten(2) >= 0
         return keep | ~keep.any(2, keepdim=True)
 
 
 class Mask2Former(nn.Module):
-    """images (B, 3, H, W) in 0..1 (normalised inside) -> list of decoder_layers + 1 `Prediction`s, the last one final:
-    "class_logits" (B, Q, K + 1), the last class "no object", and "mask_logits" (B, Q, h, w), stride 4 (tiny: 2).
+    """images (B, 3, H, W) in 0..1 (normalised inside) -> list of decoder_layers + 1 `Prediction`s, the last
+    one final: "class_logits" (B, Q, K + 1), the last class "no object", and "mask_logits" (B, Q, h, w),
+    stride 4 (tiny: 2).
 
-    `loss(outputs, targets)` is the training loss (see SetLoss). isthing (K bools), class_names and task describe the
-    data and are kept, with all other arguments but `weights` (torchvision's, for the backbone), in `.config`."""
+    `loss(outputs, targets)` is the training loss (see SetLoss). isthing (K bools), class_names and task
+    describe the data and are kept, with all other arguments but `weights` (torchvision's, for the backbone),
+    in `.config`."""
 
     def __init__(self, num_classes, backbone="resnet50", queries=100, width=256, heads=8, encoder_layers=6,
                  decoder_layers=9, encoder_ffn=1024, decoder_ffn=2048, class_weight=2.0, mask_weight=5.0,
@@ -353,14 +372,15 @@ class Mask2Former(nn.Module):
                  isthing=None, class_names=None, task="panoptic", weights=None):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "weights", "__class__")}
-        assert width % (4 * heads) == 0 and width % 32 == 0, f"width {width}: must divide by 32 and by 4 x {heads} heads"
+        assert width % heads == 0 and width % 32 == 0, f"width {width}: no multiple of 32 and {heads} heads"
         if backbone == "tiny":
             self.backbone = Tiny()
         else:
             self.backbone = (Swin if backbone in SWINS else ResNet)(backbone, weights)
         self.pixel_decoder = PixelDecoder(self.backbone.channels, width, heads, encoder_layers, encoder_ffn)
         self.decoder = Decoder(num_classes, queries, width, heads, decoder_layers, decoder_ffn)
-        self.loss = SetLoss(num_classes, class_weight, mask_weight, dice_weight, no_object, points, oversample, importance)
+        self.loss = SetLoss(num_classes, class_weight, mask_weight, dice_weight, no_object, points,
+                            oversample, importance)
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
 
@@ -371,19 +391,20 @@ class Mask2Former(nn.Module):
         return self.decoder(features, maps)
 
 
-# ---- targets, matching and loss -------------------------------------------------------------------------------------
+# ---- targets, matching and loss ----------------------------------------------------------------------------
 
 def targets(mask_ids, instances=None, isthing=None, task="semantic"):
     """Pair-folder maps -> {"labels": (N,) long 0..K-1, "masks": (N, H, W) bool}, one row a segment.
 
-    mask_ids (H, W): class id = position + 1, 0 void. instances (H, W) or None: 0 none, 255 crowd (left out where things
-    count one by one). semantic: a segment a class; panoptic: stuff as semantic, things one an instance; instance: things."""
+    mask_ids (H, W): class id = position + 1, 0 void. instances (H, W) or None: 0 none, 255 crowd (left out
+    where things count one by one). semantic: a segment a class; panoptic: stuff as semantic, things one an
+    instance; instance: things."""
     ids = torch.as_tensor(np.asarray(mask_ids)).long()                       # (H, W)
     part = torch.zeros_like(ids)
     if task != "semantic":
         things = torch.tensor([False] + [bool(thing) for thing in isthing])
         if ids.max() >= len(things):
-            raise ValueError(f"a mask holds class id {int(ids.max())}, classes.json has {len(things) - 1} classes")
+            raise ValueError(f"a mask holds class id {int(ids.max())} of {len(isthing)} classes")
         thing = things[ids]
         if instances is not None:
             part = torch.as_tensor(np.asarray(instances)).long() * thing
@@ -396,8 +417,8 @@ def targets(mask_ids, instances=None, isthing=None, task="semantic"):
 def hungarian(cost):
     """(n, m) costs -> rows, cols: the assignment of least total cost, min(n, m) pairs, rows rising. Exact.
 
-    Shortest augmenting paths (Jonker and Volgenant 1987). Rows whose cheapest column nobody else wants are settled at
-    once, which is most of them in this use. Raises ValueError on NaN or infinity."""
+    Shortest augmenting paths (Jonker and Volgenant 1987). Rows whose cheapest column nobody else wants are
+    settled at once, which is most of them in this use. Raises ValueError on NaN or infinity."""
     cost = np.asarray(cost, dtype=np.float64)
     if not np.isfinite(cost).all():
         raise ValueError("matching costs are not finite: the network's outputs hold NaN or infinity")
@@ -408,7 +429,7 @@ def hungarian(cost):
     n, m = cost.shape
     if n == 0:
         return np.zeros(0, int), np.zeros(0, int)
-    first, u, v = cost.argmin(1), cost.min(1), np.zeros(m)                   # duals: cost - u - v >= 0, 0 when matched
+    first, u, v = cost.argmin(1), cost.min(1), np.zeros(m)          # duals: cost - u - v >= 0, 0 when matched
     owner, free = np.full(m, -1), []                                         # owner[col] = row
     for row, col in enumerate(first):
         if owner[col] < 0:
@@ -423,9 +444,10 @@ def hungarian(cost):
 
 
 def augment(cost, u, v, owner, row):
-    """Gives `row` a column along the cheapest path of reassignments (Dijkstra on reduced costs); updates u, v, owner."""
-    dist, back = cost[row] - u[row] - v, np.full(len(v), -1)                 # back[col]: the column before it, -1 = row
-    open_ = dist.copy()                                                      # dist, but inf once a column is settled
+    """Gives `row` a column along the cheapest path of reassignments (Dijkstra on reduced costs); updates u,
+    v, owner."""
+    dist, back = cost[row] - u[row] - v, np.full(len(v), -1)       # back[col]: the column before it, -1 = row
+    open_ = dist.copy()                                               # dist, but inf once a column is settled
     settled = []
     while True:
         col = int(open_.argmin())
@@ -460,16 +482,18 @@ def sample(maps, points):
 
 
 class SetLoss(nn.Module):
-    """Mask2Former's training loss: match queries to true segments, then classify and segment the matched ones.
+    """Mask2Former's training loss: match queries to true segments, then classify and segment the matched
+    ones.
 
-    outputs: list of L predictions as the model gives them. targets: list of B dicts, "labels" (N,) long 0..K-1, "masks"
-    (N, H, W) bool or float, optionally "valid" (H, W) bool; N may be 0, or more than there are queries (the costliest are
-    then left out). num_masks: what mask losses are divided by; by default the targets of this batch, averaged over
-    ranks; under gradient accumulation pass the average over the micro-batches.
-    Returns the total (weighted, summed over all L) and its parts {"class", "mask", "dice"}, detached. All in fp32."""
+    outputs: list of L predictions as the model gives them. targets: list of B dicts, "labels" (N,) long
+    0..K-1, "masks" (N, H, W) bool or float, optionally "valid" (H, W) bool; N may be 0, or more than there
+    are queries (the costliest are then left out). num_masks: what mask losses are divided by; by default the
+    targets of this batch, averaged over ranks; under gradient accumulation pass the average over the
+    micro-batches. Returns the total (weighted, summed over all L) and its parts {"class", "mask", "dice"},
+    detached. All in fp32."""
 
-    def __init__(self, num_classes, class_weight=2.0, mask_weight=5.0, dice_weight=5.0, no_object=0.1, points=12544,
-                 oversample=3.0, importance=0.75):
+    def __init__(self, num_classes, class_weight=2.0, mask_weight=5.0, dice_weight=5.0, no_object=0.1,
+                 points=12544, oversample=3.0, importance=0.75):
         super().__init__()
         self.num_classes, self.no_object, self.points = num_classes, no_object, points
         self.weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight}
@@ -477,13 +501,13 @@ class SetLoss(nn.Module):
 
     def forward(self, outputs, targets, num_masks=None):
         with torch.autocast(outputs[0]["class_logits"].device.type, enabled=False):
-            logits = torch.stack([out["class_logits"] for out in outputs]).float()           # (L, B, Q, K + 1)
+            logits = torch.stack([out["class_logits"] for out in outputs]).float()          # (L, B, Q, K + 1)
             embed = torch.stack([out["mask_embed"] for out in outputs]).float()              # (L, B, Q, D)
             features = outputs[-1]["features"].float()                                       # (B, D, h, w)
             truth = [t["masks"].to(features) for t in targets]
             labels = [t["labels"].to(features.device) for t in targets]
             valid = [t["valid"].to(features)[None] if "valid" in t else None for t in targets]
-            query = self.match(logits, embed, features, labels, truth, valid)                # (L, all N), -1 none
+            query = self.match(logits, embed, features, labels, truth, valid)            # (L, all N), -1 none
             num_masks = num_masks or count(sum(map(len, labels)), features.device)
             losses = {"class": self.class_loss(logits, labels, query)}
             losses["mask"], losses["dice"] = self.mask_losses(embed, features, truth, valid, query, num_masks)
@@ -497,7 +521,8 @@ class SetLoss(nn.Module):
                  for b, t in enumerate(zip(features, labels, truth, valid)) if len(t[1])]
         L, _, Q, _ = logits.shape
         query = np.full((L, sum(map(len, labels))), -1)
-        flat = torch.cat([cost.flatten() for cost in costs]).cpu().numpy() if costs else np.zeros(0)   # one transfer
+        flat = torch.cat([logits.new_zeros(0), *(cost.flatten() for cost in costs)])
+        flat = flat.cpu().numpy()                                            # all costs in one transfer
         start, column = 0, 0
         for N in (len(label) for label in labels):
             for i, cost in enumerate(flat[start:start + L * Q * N].reshape(L, Q, N)):
@@ -513,7 +538,7 @@ class SetLoss(nn.Module):
         t = sample(truth[None], points)[0].T                                                 # (P, N)
         weight = torch.ones_like(t[:, 0]) if valid is None else sample(valid[None], points)[0, 0]
         t, p = t * weight[:, None], x.sigmoid() * weight
-        mask = ((F.softplus(x) @ weight)[..., None] - x @ t) / self.points   # cross entropy = softplus(x) - x t
+        mask = ((F.softplus(x) @ weight)[..., None] - x @ t) / self.points  # CE = softplus(x) - x t
         dice = 1 - (2 * p @ t + 1) / (p.sum(-1)[..., None] + t.sum(0) + 1)
         score = logits.softmax(-1)[..., labels]
         return self.weights["mask"] * mask + self.weights["dice"] * dice - self.weights["class"] * score
@@ -527,20 +552,22 @@ class SetLoss(nn.Module):
         weight = torch.ones(self.num_classes + 1, device=logits.device)
         weight[-1] = self.no_object
         error = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none")
-        return (error.view(L, -1).sum(1) / weight[wanted].view(L, -1).sum(1)).sum()          # weighted mean, a layer each
+        return (error.view(L, -1).sum(1) / weight[wanted].view(L, -1).sum(1)).sum()          # a mean a layer
 
     def mask_losses(self, embed, features, truth, valid, query, num_masks):
-        """Cross entropy and dice of the matched masks, at points where they are least certain (PointRend, 3.1)."""
+        """Cross entropy and dice of the matched masks, at points where they are least certain (PointRend,
+        3.1)."""
         L, N = query.shape
         if N == 0:
             return embed.sum() * 0, features.sum() * 0
         image = torch.cat([torch.full((len(t),), b, device=query.device) for b, t in enumerate(truth)])
         embed = embed[torch.arange(L, device=query.device)[:, None], image, query.clamp(0)]  # (L, N, D)
-        x = torch.cat([torch.einsum("lnd,dhw->nlhw", e, f)                                   # only the matched masks
-                       for e, f in zip(embed.split([len(t) for t in truth], 1), features)]).flatten(0, 1)[:, None]
+        embeds = embed.split([len(t) for t in truth], 1)                # only the matched masks
+        x = torch.cat([torch.einsum("lnd,dhw->nlhw", e, f) for e, f in zip(embeds, features)])
+        x = x.flatten(0, 1)[:, None]                                                         # (N L, 1, h, w)
         with torch.no_grad():
             points = self.uncertain_points(x)                                                # (N L, P, 2)
-            places = rearrange(points, "(n l) p c -> n (l p) c", l=L)        # a target is read for all layers at once
+            places = rearrange(points, "(n l) p c -> n (l p) c", l=L)  # all layers read a target at once
             read = partial(rearrange, pattern="n 1 (l p) -> (n l) p", l=L)
             t = read(sample(torch.cat(truth)[:, None], places))                              # (N L, P)
             weight = (query.T >= 0).float().reshape(-1, 1).expand_as(t)
@@ -550,11 +577,12 @@ class SetLoss(nn.Module):
         x = sample(x, points)[:, 0]                                                          # (N L, P)
         mask = (F.binary_cross_entropy_with_logits(x, t, reduction="none") * weight).mean(1).sum()
         p, t = x.sigmoid() * weight, t * weight
-        dice = (1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)).sum()              # 0 for one left out
+        dice = (1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)).sum()           # 0 for one left out
         return mask / num_masks, dice / num_masks
 
     def uncertain_points(self, x):
-        """x (R, 1, h, w) mask logits -> (R, P, 2): most of them nearest to the decision boundary, the rest anywhere."""
+        """x (R, 1, h, w) mask logits -> (R, P, 2): most of them nearest to the decision boundary, the rest
+        anywhere."""
         R, drawn, kept = len(x), int(self.points * self.oversample), int(self.points * self.importance)
         points = draw(R, drawn, x.device)
         best = sample(x, points)[:, 0].abs().topk(kept, dim=1, largest=False).indices        # (R, kept)
@@ -571,16 +599,17 @@ def count(masks, device):
     return masks.clamp(min=1)
 
 
-# ---- inference: one image's prediction {"class_logits": (Q, K + 1), "mask_logits": (Q, h, w)} -> segments -----------
+# ---- inference: one image's prediction {"class_logits": (Q, K + 1), "mask_logits": (Q, h, w)} -> segments --
 
 def strips(masks, size, extent=(1.0, 1.0)):
-    """Mask logits (Q, h, w) at `size` (H, W), bilinear: yields (top, (Q, rows, W)) with few enough rows to fit in memory.
+    """Mask logits (Q, h, w) at `size` (H, W), bilinear: yields (top, (Q, rows, W)) with few enough rows to
+    fit in memory.
 
     extent: the part of the masks (down, across) the image fills; the rest is padding."""
     def taps(out, n, part):
         at = ((torch.arange(out, device=masks.device) + 0.5) * (part * n / out) - 0.5).clamp(0, n - 1)
         low = at.long()
-        return low, (low + 1).clamp(max=n - 1), at - low                     # two source pixels, weight of the second
+        return low, (low + 1).clamp(max=n - 1), at - low             # two source pixels, weight of the second
     masks, (H, W) = masks.float(), size
     (y0, y1, dy), (x0, x1, dx) = (taps(*args) for args in zip(size, masks.shape[1:], extent))
     rows = max(1, 2 ** 24 // (W * max(1, len(masks))))
@@ -592,7 +621,8 @@ def strips(masks, size, extent=(1.0, 1.0)):
 
 @torch.no_grad()
 def semantic(pred, size, extent=(1.0, 1.0), scores=False):
-    """-> (H, W) long class index 0..K-1, or with scores=True (K, H, W) class scores (0 to Q, not normalised)."""
+    """-> (H, W) long class index 0..K-1, or with scores=True (K, H, W) class scores (0 to Q, not
+    normalised)."""
     classes = pred["class_logits"].float().softmax(-1)[:, :-1]               # (Q, K)
     out = []
     for _, masks in strips(pred["mask_logits"], size, extent):
@@ -605,8 +635,8 @@ def semantic(pred, size, extent=(1.0, 1.0), scores=False):
 def panoptic(pred, size, isthing, extent=(1.0, 1.0), object_threshold=0.8, overlap_threshold=0.8):
     """-> (H, W) long segment ids, 0 none, and a list of {"id", "class" 0..K-1, "score", "isthing"}.
 
-    Queries surer than object_threshold compete for each pixel with score x mask; a segment that keeps less than
-    overlap_threshold of its own mask is dropped; stuff of one class is one segment."""
+    Queries surer than object_threshold compete for each pixel with score x mask; a segment that keeps less
+    than overlap_threshold of its own mask is dropped; stuff of one class is one segment."""
     scores, classes = pred["class_logits"].float().softmax(-1).max(-1)       # (Q,)
     keep = (classes < pred["class_logits"].shape[-1] - 1) & (scores > object_threshold)
     scores, classes, masks = scores[keep], classes[keep], pred["mask_logits"][keep]
@@ -619,7 +649,7 @@ def panoptic(pred, size, isthing, extent=(1.0, 1.0), object_threshold=0.8, overl
         best = (probs * scores[:, None, None]).argmax(0)
         won += best.flatten().bincount(minlength=len(masks))
         area += (probs >= 0.5).sum((1, 2))
-        best = (best + 1) * (probs.gather(0, best[None])[0] >= 0.5)          # only where its own mask says yes
+        best = (best + 1) * (probs.gather(0, best[None])[0] >= 0.5)         # only where its own mask says yes
         winner[top:top + len(best)] = best
     inside = winner.flatten().bincount(minlength=len(masks) + 1)[1:]
     table, segments, stuff = torch.zeros(len(masks) + 1, dtype=torch.long, device=masks.device), [], {}
@@ -628,7 +658,8 @@ def panoptic(pred, size, isthing, extent=(1.0, 1.0), object_threshold=0.8, overl
         if not good:
             continue
         if k not in stuff:
-            segments.append({"id": len(segments) + 1, "class": k, "score": score, "isthing": bool(isthing[k])})
+            segments.append({"id": len(segments) + 1, "class": k, "score": score,
+                             "isthing": bool(isthing[k])})
         table[i + 1] = stuff.get(k, len(segments))
         if not isthing[k]:
             stuff.setdefault(k, len(segments))
@@ -637,15 +668,16 @@ def panoptic(pred, size, isthing, extent=(1.0, 1.0), object_threshold=0.8, overl
 
 @torch.no_grad()
 def instance(pred, size, isthing=None, extent=(1.0, 1.0), top=100, score_threshold=0.0):
-    """-> list of {"mask": (H, W) bool, "class" 0..K-1, "score"}, best first: the `top` (query, class) pairs, those of
-    things only where isthing is given; score = class probability x mean mask probability inside the mask."""
+    """-> list of {"mask": (H, W) bool, "class" 0..K-1, "score"}, best first: the `top` (query, class) pairs,
+    those of things only where isthing is given; score = class probability x mean mask probability inside the
+    mask."""
     classes = pred["class_logits"].float().softmax(-1)[:, :-1]               # (Q, K)
     scores, index = classes.flatten().topk(min(top, classes.numel()))
     query, k = index // classes.shape[1], index % classes.shape[1]
     if isthing is not None:
         keep = torch.tensor([bool(t) for t in isthing], device=k.device)[k]
         scores, query, k = scores[keep], query[keep], k[keep]
-    which, row = query.unique(return_inverse=True)                           # one upsampled mask a query, not a pair
+    which, row = query.unique(return_inverse=True)                    # one upsampled mask a query, not a pair
     found, total = [], torch.zeros(len(which), device=k.device)
     for _, band in strips(pred["mask_logits"][which], size, extent):
         found.append(band > 0)
@@ -658,25 +690,27 @@ def instance(pred, size, isthing=None, extent=(1.0, 1.0), top=100, score_thresho
 
 
 def forward_padded(model, image):
-    """image (3, H, W) in 0..1 -> its final prediction and the extent it fills: sides padded up to the largest stride."""
+    """image (3, H, W) in 0..1 -> its final prediction and the extent it fills: sides padded up to the largest
+    stride."""
     H, W = image.shape[1:]
     down, across = -H % model.backbone.stride, -W % model.backbone.stride
     mean = model.mean.to(image)
-    image = F.pad(image - mean, (0, across, 0, down)) + mean                 # the mean colour: 0 for the network
+    image = F.pad(image - mean, (0, across, 0, down)) + mean              # the mean colour: 0 for the network
     pred = model(image[None])[-1]
     pred = {name: pred[name][0] for name in ("class_logits", "mask_logits")}
     return pred, (H / (H + down), W / (W + across))
 
 
 def resized(image, height, width):
-    return F.interpolate(image[None], (height, width), mode="bilinear", align_corners=False, antialias=True)[0].clamp(0, 1)
+    return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 
 def window_scores(model, image, window, size):
     """Class scores (K, *size) from windows of `window` pixels that overlap by a third, averaged."""
     _, H, W = image.shape
     h, w = min(window, H), min(window, W)
-    tops, lefts = (sorted({*range(0, n - side, max(1, side * 2 // 3)), n - side}) for n, side in ((H, h), (W, w)))
+    tops, lefts = (sorted({*range(0, n - side, max(1, side * 2 // 3)), n - side})
+                   for n, side in ((H, h), (W, w)))
     total, times = 0, image.new_zeros(H, W)
     for top in tops:
         for left in lefts:
@@ -699,9 +733,9 @@ def resized_scores(scores, size):
 def predict(model, image, task=None, short=None, window=None, scales=(1.0,), flip=False, **thresholds):
     """One image -> what `semantic`, `panoptic` or `instance` returns, at the image's own size.
 
-    image: PIL, or (3, H, W) tensor in 0..1. short: its shorter side inside the network (the original: 800 COCO, 640
-    ADE20K), None = as it is. Semantic only: window slides a square of that many pixels; scales and flip average the class
-    scores of resized and mirrored copies (the paper's m.s.)."""
+    image: PIL, or (3, H, W) tensor in 0..1. short: its shorter side inside the network (the original: 800
+    COCO, 640 ADE20K), None = as it is. Semantic only: window slides a square of that many pixels; scales and
+    flip average the class scores of resized and mirrored copies (the paper's m.s.)."""
     model.eval()
     task, device = task or model.config["task"], model.mean.device
     if not torch.is_tensor(image):
@@ -733,22 +767,24 @@ def predict(model, image, task=None, short=None, window=None, scales=(1.0,), fli
     return total.argmax(0)
 
 
-# ---- weights --------------------------------------------------------------------------------------------------------
+# ---- weights -----------------------------------------------------------------------------------------------
 
 def save(model, path):
-    """model -> one safetensors file whose metadata rebuilds it; written beside and renamed, so never half there."""
+    """model -> one safetensors file whose metadata rebuilds it; written beside and renamed, so never half
+    there."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     path = os.path.abspath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     about = {"format": "seggen-1", "class": "Mask2Former", "config": model.config}
-    save_file(tensors, path + ".part", {"seggen": json.dumps(about)})    # one key: several come in a random order
+    save_file(tensors, path + ".part", {"seggen": json.dumps(about)})  # one key: order is fixed
     os.replace(path + ".part", path)
 
 
 def load(path, task=None):
     """A Mask2Former in eval mode from `path`: a file that `save` wrote, or a transformers folder of
-    Mask2FormerForUniversalSegmentation (or its model.safetensors). Tensors become fp32; no key is skipped or left over.
-    Exits with one line on anything else; pickles are refused unopened. task overrides the one found in the file."""
+    Mask2FormerForUniversalSegmentation (or its model.safetensors). Tensors become fp32; no key is skipped or
+    left over. Exits with one line on anything else; pickles are refused unopened. task overrides the one
+    found in the file."""
     path = os.fspath(path)
     file = os.path.join(path, "model.safetensors") if os.path.isdir(path) else path
     tensors, metadata = read(file)
@@ -772,7 +808,8 @@ def read(file):
         sys.exit(f"{file}: no such weights; give a model.safetensors or a folder that holds one")
     with open(file, "rb") as f:
         head = f.read(8)
-    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04") or file.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")):
+    pickles = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04") or file.endswith(pickles):
         sys.exit(f"{file}: a pickle, which could run code; only safetensors are read: convert it first")
     try:
         with safe_open(file, "pt") as f:
@@ -784,8 +821,8 @@ def read(file):
 def check_keys(file, wanted, found):
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or extra:
-        sys.exit(f"{file}: not the weights of this model: {len(missing)} keys missing (first: {missing[:1]}), "
-                 f"{len(extra)} unknown (first: {extra[:1]})")
+        sys.exit(f"{file}: not the weights of this model: {len(missing)} keys missing (first: "
+                 f"{missing[:1]}), {len(extra)} unknown (first: {extra[:1]})")
     wrong = [k for k in wanted if wanted[k].shape != found[k].shape]
     if wrong:
         sys.exit(f"{file}: {wrong[0]} has shape {tuple(found[wrong[0]].shape)}, "
@@ -793,15 +830,21 @@ def check_keys(file, wanted, found):
 
 
 # ADE20K's 50 stuff classes and Cityscapes' first 11 of 19, 0-based; COCO panoptic has its 80 things first
-ADE_STUFF = {*range(7), 9, 11, 13, 16, 17, 21, 25, 26, 28, 29, 34, 40, 46, 48, 51, 52, 54, 59, 60, 61, 63, 68, 77, 79, 84,
-             91, 94, 96, 99, 100, 101, 105, 106, 109, 113, 114, 117, 122, 128, 131, 140, 141, 145}
+ADE_STUFF = {*range(7), 9, 11, 13, 16, 17, 21, 25, 26, 28, 29, 34, 40, 46, 48, 51, 52, 54, 59, 60, 61, 63, 68,
+             77, 79, 84, 91, 94, 96, 99, 100, 101, 105, 106, 109, 113, 114, 117, 122, 128, 131, 140, 141, 145}
+PUBLIC = {"queries": "num_queries", "width": "hidden_dim", "heads": "num_attention_heads",
+          "encoder_layers": "encoder_layers", "encoder_ffn": "encoder_feedforward_dim",
+          "decoder_ffn": "dim_feedforward", "class_weight": "class_weight", "mask_weight": "mask_weight",
+          "dice_weight": "dice_weight", "no_object": "no_object_weight", "points": "train_num_points",
+          "oversample": "oversample_ratio", "importance": "importance_sample_ratio"}
 
 
 def public_config(file, tensors):
-    """The constructor arguments a transformers config.json amounts to; size and class count are checked by the keys."""
+    """The constructor arguments a transformers config.json amounts to; size and class count are checked by
+    the keys."""
     place = os.path.join(os.path.dirname(os.path.abspath(file)), "config.json")
     if not os.path.isfile(place):
-        sys.exit(f"{file}: no seggen metadata and no config.json beside it; give the whole transformers folder")
+        sys.exit(f"{file}: no seggen metadata, no config.json beside it; give the whole transformers folder")
     with open(place) as f:
         public = json.load(f)
     if public.get("model_type") != "mask2former":
@@ -812,7 +855,9 @@ def public_config(file, tensors):
     if backbone is None:
         sys.exit(f"{place}: backbone {swin.get('model_type')} of width {swin.get('embed_dim')} and depths "
                  f"{swin.get('depths')}; known: {', '.join(SWINS)}")
-    K = len(tensors["class_predictor.bias"]) - 1 if "class_predictor.bias" in tensors else len(public["id2label"])
+    if "class_predictor.bias" not in tensors:
+        sys.exit(f"{file}: no class_predictor.bias: not a Mask2FormerForUniversalSegmentation")
+    K = len(tensors["class_predictor.bias"]) - 1
     names = public.get("id2label") or {}
     names = [names.get(str(k), f"class {k + 1}").strip() for k in range(K)]
     isthing = {150: [k not in ADE_STUFF for k in range(150)], 133: [k < 80 for k in range(133)],
@@ -820,17 +865,12 @@ def public_config(file, tensors):
     title = f"{public.get('_name_or_path')} {os.path.basename(os.path.dirname(place))}"
     by_size = {133: "panoptic", 80: "instance", 8: "instance", 100: "instance"}
     task = next((task for task in TASKS if task in title), by_size.get(K, "semantic"))
-    return dict(num_classes=K, backbone=backbone, queries=public.get("num_queries", 100), width=public.get("hidden_dim", 256),
-                heads=public.get("num_attention_heads", 8), encoder_layers=public.get("encoder_layers", 6),
-                decoder_layers=public.get("decoder_layers", 10) - 1, encoder_ffn=public.get("encoder_feedforward_dim", 1024),
-                decoder_ffn=public.get("dim_feedforward", 2048), class_weight=public.get("class_weight", 2.0),
-                mask_weight=public.get("mask_weight", 5.0), dice_weight=public.get("dice_weight", 5.0),
-                no_object=public.get("no_object_weight", 0.1), points=public.get("train_num_points", 12544),
-                oversample=public.get("oversample_ratio", 3.0), importance=public.get("importance_sample_ratio", 0.75),
-                isthing=isthing, class_names=names, task=task)
+    about = {ours: public[theirs] for ours, theirs in PUBLIC.items() if theirs in public}
+    return dict(num_classes=K, backbone=backbone, decoder_layers=public.get("decoder_layers", 10) - 1,
+                isthing=isthing, class_names=names, task=task, **about)
 
 
-RENAMES = [(re.compile(pattern), new) for pattern, new in [              # transformers' names -> ours, applied in turn
+RENAMES = [(re.compile(pattern), new) for pattern, new in [     # transformers' names -> ours, applied in turn
     (r"^model\.pixel_level_module\.encoder\.(swin\.)?", "backbone."),
     (r"^backbone\.embeddings\.patch_embeddings\.projection", "backbone.features.0.0"),
     (r"^backbone\.embeddings\.norm", "backbone.features.0.2"),
@@ -839,24 +879,30 @@ RENAMES = [(re.compile(pattern), new) for pattern, new in [              # trans
     (r"^backbone\.encoder\.layers\.(\d)\.downsample", lambda m: f"backbone.features.{2 * int(m[1]) + 2}"),
     (r"layernorm_before", "norm1"), (r"layernorm_after", "norm2"),
     (r"attention\.(output\.dense|o_proj)", "attn.proj"), (r"intermediate\.dense|mlp\.fc1", "mlp.0"),
-    (r"output\.dense|mlp\.fc2", "mlp.3"), (r"attention\.(self|relative_position_bias)\.relative", "attn.relative"),
+    (r"output\.dense|mlp\.fc2", "mlp.3"),
+    (r"attention\.(self|relative_position_bias)\.relative", "attn.relative"),
     (r"attention\.(?:self\.(query|key|value)|([qkv])_proj)", lambda m: f"attn.qkv.{(m[1] or m[2])[0]}"),
     (r"^model\.pixel_level_module\.decoder\.", "pixel_decoder."), (r"level_embed(\.weight)?$", "level"),
     (r"input_projections", "inputs"), (r"decoder\.encoder\.layers", "decoder.layers"),
-    (r"self_attn\.sampling_offsets", "attention.offsets"), (r"self_attn\.attention_weights", "attention.weights"),
+    (r"self_attn\.sampling_offsets", "attention.offsets"),
+    (r"self_attn\.attention_weights", "attention.weights"),
     (r"self_attn\.value_proj", "attention.value"), (r"self_attn\.output_proj", "attention.out"),
-    (r"^(pixel_decoder.*)self_attn_layer_norm", r"\1norm1"), (r"^(pixel_decoder.*)final_layer_norm", r"\1norm2"),
+    (r"^(pixel_decoder.*)self_attn_layer_norm", r"\1norm1"),
+    (r"^(pixel_decoder.*)final_layer_norm", r"\1norm2"),
     (r"adapter_1", "lateral"), (r"layer_1", "smooth"), (r"mask_projection", "masks"),
     (r"^model\.transformer_module\.(decoder\.)?", "decoder."), (r"mask_predictor\.mask_embedder\.(\d)\.0",
                                                                lambda m: f"masks.{2 * int(m[1])}"),
     (r"queries_embedder\.weight", "places"), (r"queries_features\.weight", "queries"),
     (r"cross_attn_layer_norm", "norm1"), (r"self_attn_layer_norm", "norm2"), (r"final_layer_norm", "norm3"),
-    (r"cross_attn\.in_proj_", "cross.qkv."), (r"cross_attn\.out_proj", "cross.out"), (r"self_attn\.out_proj", "self.out"),
-    (r"self_attn\.([qkv])_proj", r"self.qkv.\1"), (r"decoder\.layernorm", "decoder.norm"), (r"\.fc([12])\.", r".ff\1."),
+    (r"cross_attn\.in_proj_", "cross.qkv."), (r"cross_attn\.out_proj", "cross.out"),
+    (r"self_attn\.out_proj", "self.out"),
+    (r"self_attn\.([qkv])_proj", r"self.qkv.\1"), (r"decoder\.layernorm", "decoder.norm"),
+    (r"\.fc([12])\.", r".ff\1."),
     (r"^class_predictor", "decoder.classes"),
 ]]
 # constants that the model computes itself, and a norm that transformers stores but never applies
-UNUSED = re.compile(r"relative_position_index$|^criterion\.empty_weight$|encoder\.(swin\.)?layernorm\.(weight|bias)$")
+UNUSED = re.compile(r"relative_position_index$|^criterion\.empty_weight$|"
+                    r"encoder\.(swin\.)?layernorm\.(weight|bias)$")
 
 
 def renamed(tensors):
@@ -877,7 +923,7 @@ def renamed(tensors):
     return out
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
+# ---- pictures ----------------------------------------------------------------------------------------------
 
 def colours(n):
     """n well separated colours, (n, 3) uint8: hues by the golden angle, three lightnesses in turn."""
@@ -900,8 +946,8 @@ def regions(model, result, task):
 
 
 def overlay(image, found, names, things=False, side=640):
-    """PIL image with every region tinted, outlined and named; small images are enlarged so that the names can be read.
-    things: a colour a region instead of a colour a class."""
+    """PIL image with every region tinted, outlined and named; small images are enlarged so that the names can
+    be read. things: a colour a region instead of a colour a class."""
     from PIL import ImageDraw, ImageFont
     scale = max(1, round(side / max(image.size)))
     size = (image.width * scale, image.height * scale)
@@ -926,7 +972,7 @@ def overlay(image, found, names, things=False, side=640):
 
 
 def middle(mask):
-    """x, y of the pixel of a mask (H, W bool) farthest from its border, by halving the resolution of a distance count."""
+    """x, y of the pixel of a mask (H, W bool) farthest from its border (on a grid of at most 160)."""
     step = max(1, max(mask.shape) // 160)
     core = torch.from_numpy(np.pad(mask[::step, ::step], 1)).float()[None, None]
     depth = core.clone()
@@ -943,20 +989,22 @@ def main():
     here = os.path.dirname(os.path.abspath(__file__))
     parser = argparse.ArgumentParser(description="Segment images and draw what was found.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("images", nargs="*", help="image files; without any, the first of data/shapes/val/images")
-    parser.add_argument("--weights", default=os.path.join(here, "weights/shapes/mask2former/model.safetensors"),
+    parser.add_argument("images", nargs="*", help="image files (default: data/shapes/val/images)")
+    demo = os.path.join(here, "weights/shapes/mask2former/model.safetensors")
+    parser.add_argument("--weights", default=demo,
                         help="a model.safetensors of ours, or a transformers folder")
     parser.add_argument("--out", default=os.path.join(here, "out/overlays"), help="folder for the pictures")
     parser.add_argument("--task", choices=TASKS, help="default: what the weights were trained for")
     parser.add_argument("--size", type=int, help="shorter side inside the network; default: the image's own")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if gpu else "cpu", help="cuda or cpu")
     args = parser.parse_args()
     files = args.images or sorted(glob.glob(os.path.join(here, "data/shapes/val/images/*")))[:8]
     if not files:
         sys.exit("no images: give image files (or run `python data/shapes/prepare.py` for the built-in ones)")
     if args.size is not None and args.size < 1:
         sys.exit(f"--size {args.size}: must be 1 or more")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
+    if args.device.startswith("cuda") and not gpu:
         sys.exit(f"--device {args.device}: this machine has no CUDA; use --device cpu")
     draw_all(load(args.weights, args.task).to(args.device), files, args.out, args.size)
 
