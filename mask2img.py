@@ -24,7 +24,7 @@ from torch import nn
 
 import diffusion
 from diffusion import positive, replacing, seed_of
-from text2mask import (ROOT, Pairs, TextToImage, common_flags, dataset_folder, encode, grid, name_of, palette, read_captions,
+from text2mask import (ROOT, Pairs, TextToImage, common_flags, dataset_folder, encode, fit, grid, palette, read_captions,
                        read_classes, read_ids)
 from unet import PRESETS, ControlNet
 
@@ -55,10 +55,8 @@ class Mask2Img(TextToImage):
         residuals = self.controlnet(x, t, control, pooled, time_ids, cond)
         return self.unet(x, t, base, pooled, time_ids, residuals=residuals)
 
-    def prepare(self, captions, size, device):
-        context, pooled = self.embed(self.text.tokenize(captions).to(device))
-        time_ids = torch.tensor([[*size, 0, 0, *size]] * len(captions), dtype=torch.float32, device=device)
-        return ((self.unet.project_text(context), self.controlnet.project_text(context)), pooled), time_ids
+    def project(self, context):
+        return self.unet.project_text(context), self.controlnet.project_text(context)
 
     def loss(self, net, batch, drop, shuffle=False):
         """The diffusion loss; a share `drop` of the samples has neither mask nor caption."""
@@ -80,12 +78,6 @@ def to_pixels(x0):
 
 
 # ------------------------------------------------------------------------------------------------------ CLI
-
-def fit(model, loss, data, args, stage, picture, measure=None):
-    diffusion.fit(model, loss, data, args.out or Path("out") / name_of(args.data) / stage, steps=args.steps,
-                  batch=args.batch, lr=args.lr, seed=args.seed, device=args.device, accumulate=args.accumulate,
-                  compile=args.compile, workers=args.workers, save_every=args.save_every, picture=picture, measure=measure)
-
 
 def base(args):
     """Trains the text-to-image base on images and captions alone."""

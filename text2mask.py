@@ -303,7 +303,11 @@ class TextToImage(nn.Module):
         """What stays the same over a sampling run: ((keys and values, pooled), time_ids)."""
         context, pooled = self.embed(self.text.tokenize(captions).to(device))
         time_ids = torch.tensor([[*size, 0, 0, *size]] * len(captions), dtype=torch.float32, device=device)
-        return (self.unet.project_text(context), pooled), time_ids
+        return (self.project(context), pooled), time_ids
+
+    def project(self, context):
+        """(B, L, D) -> the keys and values of every cross-attention, computed once for all sampling steps."""
+        return self.unet.project_text(context)
 
     @torch.no_grad()
     def draw(self, captions, seeds, steps, guidance, sampler, size=None, cond=(), null=(), decode=None):
@@ -441,6 +445,13 @@ def name_of(data):
     return Path(data).name
 
 
+def fit(model, loss, data, args, stage, picture, measure=None):
+    """diffusion.fit with the flags of common_flags; results go to --out or out/NAME/STAGE."""
+    diffusion.fit(model, loss, data, args.out or Path("out") / name_of(args.data) / stage, steps=args.steps,
+                  batch=args.batch, lr=args.lr, seed=args.seed, device=args.device, accumulate=args.accumulate,
+                  compile=args.compile, workers=args.workers, save_every=args.save_every, picture=picture, measure=measure)
+
+
 def train(args):
     folder = dataset_folder(args.data, "train")
     classes = read_classes(folder)
@@ -460,10 +471,7 @@ def train(args):
         made = [palette(K)[c] for c in codes]
         rows = [row for i in range(0, len(made) // 8 * 8, 8) for row in (truth[i:i + 8], made[i:i + 8])] or [truth, made]
         legend(grid(rows), codes, classes).save(path)
-    diffusion.fit(model, lambda net, batch: model.loss(net, batch, args.drop), data,
-                  args.out or Path("out") / name_of(args.data) / "text2mask", steps=args.steps, batch=args.batch,
-                  lr=args.lr, seed=args.seed, device=args.device, accumulate=args.accumulate, compile=args.compile,
-                  workers=args.workers, save_every=args.save_every, picture=picture)
+    fit(model, lambda net, batch: model.loss(net, batch, args.drop), data, args, "text2mask", picture)
 
 
 def sample(args):
