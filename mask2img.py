@@ -47,7 +47,7 @@ class Mask2Img(TextToImage):
 
     def forward(self, x, t, text, time_ids, cond):
         """x (B, 3, H, W) noised, t (B,), text as TextToImage, cond (B, 3, H, W) colour map in [0, 1] -> x0."""
-        context, pooled = self.embed(text) if torch.is_tensor(text) else text
+        context, pooled = self.text(text) if torch.is_tensor(text) else text
         if isinstance(context, tuple):                                   # keys and values of both networks
             base, control = context
         else:

@@ -288,20 +288,14 @@ class TextToImage(nn.Module):
         self.config = dict(unet=unet, text=text, schedule=schedule, size=list(size))
         self.unet, self.text, self.schedule = UNet(**unet), TextEncoder(**text), Schedule(**schedule)
 
-    def embed(self, tokens):
-        """(B, L) tokens -> context (B, L, D), pooled (B, D). An empty caption is the null condition: zeros."""
-        keep = (tokens != 0).any(1, keepdim=True)                         # (B, 1)
-        context, pooled = self.text(torch.where(keep, tokens, 1))        # attention over no token at all would be NaN
-        return context * keep[..., None], pooled * keep
-
     def forward(self, x, t, text, time_ids):
         """x (B, 3, H, W) noised, t (B,), text (B, L) tokens or the (context, pooled) of prepare -> x0 (B, 3, H, W)."""
-        context, pooled = self.embed(text) if torch.is_tensor(text) else text
+        context, pooled = self.text(text) if torch.is_tensor(text) else text
         return self.unet(x, t, context, pooled, time_ids)
 
     def prepare(self, captions, size, device):
         """What stays the same over a sampling run: ((keys and values, pooled), time_ids)."""
-        context, pooled = self.embed(self.text.tokenize(captions).to(device))
+        context, pooled = self.text(self.text.tokenize(captions))
         time_ids = torch.tensor([[*size, 0, 0, *size]] * len(captions), dtype=torch.float32, device=device)
         return (self.project(context), pooled), time_ids
 

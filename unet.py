@@ -37,7 +37,7 @@ PRESETS = {
                      addition_time_embed_dim=16, projection_class_embeddings_input_dim=96 + 6 * 16,
                      norm_num_groups=16, patch_size=4, head_channels=16),
         "controlnet": dict(conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 64)),
-        "text": dict(width=96, layers=2, heads=4, length=96),
+        "text": dict(width=96, layers=2, heads=4, length=192),
     },
     "sdxl": {       # the arguments' defaults are SDXL's
         "unet": {}, "controlnet": {}, "vae": {}, "text_encoder": {},
@@ -503,43 +503,49 @@ class ControlNet(Encoder):
 # ---- text --------------------------------------------------------------------------------------------------
 
 class TextEncoder(nn.Module):
-    """A small transformer over the bytes of a caption: no vocabulary, any language.
+    """A small transformer over the bytes of a caption: no vocabulary, any language. Two convolutions first turn every
+    four bytes and what is around them into one position (as CANINE, 2103.06874): attention alone is slow to learn words.
 
-    tokens: 0 padding, 1 to 256 a byte + 1, 257 the start, which keeps an empty caption from being empty."""
+    length: bytes that are read, a multiple of 4; S = length / 4.
+    tokens: 0 padding, 1 to 256 a byte + 1. An empty caption is all padding and gives zeros: the null condition."""
 
-    def __init__(self, width=96, layers=2, heads=4, length=96):
+    def __init__(self, width=96, layers=2, heads=4, length=192):
         super().__init__()
         self.config = dict(width=width, layers=layers, heads=heads, length=length)
-        self.token = nn.Embedding(258, width)
-        self.position = nn.Parameter(0.02 * torch.randn(length, width))
+        self.token = nn.Embedding(257, width)
+        self.words = nn.Sequential(nn.Conv1d(width, width, 7, padding=3), nn.GELU(),
+                                   nn.Conv1d(width, width, 8, padding=2, stride=4))
+        self.position = nn.Parameter(0.02 * torch.randn(length // 4, width))
         self.layers = nn.ModuleList(nn.ModuleDict({
             "norm1": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width), "out": nn.Linear(width, width),
             "norm2": nn.LayerNorm(width), "up": nn.Linear(width, 4 * width),
             "down": nn.Linear(4 * width, width),
         }) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.pool = nn.Linear(width, width)
+        self.pool = nn.Linear(width, width, bias=False)
 
     def tokenize(self, captions):
         """B captions -> (B, length) long on the encoder's device; what does not fit is cut off."""
         tokens = torch.zeros(len(captions), self.config["length"], dtype=torch.long)
         for row, caption in zip(tokens, captions):
-            ids = [257] + [byte + 1 for byte in caption.encode()][:len(row) - 1]
+            ids = [byte + 1 for byte in caption.encode()][:len(row)]
             row[:len(ids)] = torch.tensor(ids)
         return tokens.to(self.position.device)
 
     def forward(self, tokens):
-        """(B, L) -> context (B, L, D), zero at padding: cross-attention needs no mask; and pooled (B, D)."""
-        real = tokens > 0                                           # (B, L)
-        x = self.token(tokens) + self.position
+        """(B, L) -> context (B, S, D), zero at padding: cross-attention needs no mask; and pooled (B, D)."""
+        x = self.token(tokens) * (tokens > 0)[..., None]            # (B, L, D)
+        x = self.words(x.transpose(1, 2)).transpose(1, 2) + self.position  # (B, S, D)
+        real = tokens.unflatten(1, (-1, 4)).amax(2) > 0             # (B, S)
+        seen = real | ~real.any(1, keepdim=True)                    # attention to nothing at all would be NaN
         for layer in self.layers:
             qkv = layer["qkv"](layer["norm1"](x))
             qkv = rearrange(qkv, "b l (n h d) -> n b h l d", n=3, h=self.config["heads"])
-            h = F.scaled_dot_product_attention(*qkv, attn_mask=real[:, None, None])  # (B, heads, L, d)
+            h = F.scaled_dot_product_attention(*qkv, attn_mask=seen[:, None, None])  # (B, heads, S, d)
             x = x + layer["out"](rearrange(h, "b h l d -> b l (h d)"))
             x = x + layer["down"](F.gelu(layer["up"](layer["norm2"](x))))
         x = self.norm(x) * real[..., None]
-        return x, self.pool(x.sum(1) / real.sum(1, keepdim=True))
+        return x, self.pool(x.sum(1) / real.sum(1, keepdim=True).clamp(min=1))
 
 
 # ---- VAE ---------------------------------------------------------------------------------------------------
