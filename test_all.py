@@ -287,6 +287,25 @@ def test_masksyn_survives_sigkill_and_ends_with_the_same_bytes(shapes, tmp_path)
     assert "other settings" in other.stderr
 
 
+def test_generator_training_survives_sigkill_and_ends_with_the_same_bytes(shapes, tmp_path):
+    flags = ["text2mask.py", "train", "--data", shapes, "--size", "16", "--steps", "24", "--save-every", "8", "--batch", "2"]
+    script(*flags, "--out", tmp_path / "whole", OMP_NUM_THREADS="1")
+    run = subprocess.Popen([sys.executable, *map(str, flags), "--out", str(tmp_path / "killed")], cwd=REPO,
+                           env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    limit = time.time() + 60
+    while time.time() < limit and not (tmp_path / "killed/state.pt").exists():
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    state = torch.load(tmp_path / "killed/state.pt", weights_only=True)
+    assert 8 <= state["step"] < 24                                       # it was caught in the middle
+    script(*flags, "--out", tmp_path / "killed", OMP_NUM_THREADS="1")
+    for name in ("model.safetensors", "samples.png"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+    steps = [[json.loads(line)["step"] for line in open(tmp_path / run / "log.jsonl")] for run in ("whole", "killed")]
+    assert steps[0] == steps[1]
+
+
 def demo():
     return "--text2mask", REPO / "weights/shapes/text2mask", "--mask2img", REPO / "weights/shapes/mask2img"
 
