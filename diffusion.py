@@ -8,7 +8,9 @@ Paper: SegGen samples masks with EDM's stochastic sampler in 200 steps and image
        DDPM (2006.11239), DDIM (2010.02502), EDM (2206.00364), DPM-Solver++ (2211.01095), classifier-free guidance
        (2207.12598), min-SNR weighting (2303.09556), v-prediction (2202.00512).
 Differs: the process keeps SDXL's 1000 discrete steps; samplers that need a sigma between two of them interpolate.
-Reads: any torch Dataset.    Writes: OUT/{model.safetensors, state.pt, log.jsonl, samples.png} (fit), out/toy (the demo).
+Reads: any torch Dataset.
+Writes: OUT/{model.safetensors, state.pt, log.jsonl, samples.png} (fit), out/toy (the demo); of a model on a public
+       base, in place of model.safetensors, the trained network in the public layout.
 Needs: nothing beside it.
     python diffusion.py            # learns a 2-D spiral in seconds, writes out/toy/samples.png
 Dimension key: B batch, C channels, H W pixels.
@@ -30,9 +32,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 FORMAT = "seggen-1"            # changes when the key layout of our checkpoints changes
+OWN_FILE, PUBLIC_FILE = "model.safetensors", "diffusion_pytorch_model.safetensors"
 
 
 # ------------------------------------------------------------------------------------------------- the process
@@ -62,6 +66,19 @@ class Schedule:
         self.a, self.s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()        # (T,), (T,)
         self.sigmas = ((1 - alpha_bar) / alpha_bar).sqrt()               # (T,) rising
 
+    @classmethod
+    def from_public(cls, config):
+        """The dict of a public scheduler_config.json -> Schedule. Raises ValueError where it is not SDXL's."""
+        only = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", trained_betas=None,
+                    rescale_betas_zero_snr=False, use_karras_sigmas=False, use_exponential_sigmas=False,
+                    use_beta_sigmas=False)
+        wrong = [f"{key} = {config[key]!r}" for key, value in only.items() if config.get(key, value) != value]
+        if "num_train_timesteps" not in config or wrong:
+            found = ", ".join(wrong) or "no num_train_timesteps"
+            raise ValueError(f"looked for SDXL's noise levels, found {found}; use its scheduler/")
+        return cls(prediction=config.get("prediction_type", "epsilon"), T=config["num_train_timesteps"],
+                   spacing=config.get("timestep_spacing", "leading"), offset=config.get("steps_offset", 0))
+
     def scales(self, t, like):
         """t (B,) long -> a_t, s_t, shaped to broadcast over like (B, ...)."""
         shape = (-1,) + (1,) * (like.ndim - 1)
@@ -89,14 +106,15 @@ class Schedule:
         return (x - s * out) / a if self.prediction == "epsilon" else a * x - s * out
 
     def weight(self, t, min_snr):
-        """Loss weight of each t (B,): every prediction's loss brought to that of x0 times min(SNR + 1, min_snr).
+        """Loss weight of each t (B,): every prediction's loss brought to that of x0 times min(SNR, min_snr).
 
-        SNR + 1 is the plain v loss; min_snr caps the weight of nearly clean inputs, where there is little to learn.
+        min_snr caps the weight of nearly clean inputs, where there is little to learn. A network that says x0
+        has SNR + 1 instead, the plain v loss, so that nearly pure noise still counts.
         """
-        a, s = self.a.to(t.device)[t], self.s.to(t.device)[t]
-        snr = (a / s) ** 2
-        own = {"sample": torch.ones_like(snr), "v_prediction": snr + 1, "epsilon": snr}[self.prediction]
-        return (snr + 1).clamp(max=min_snr) / own
+        snr = (self.a.to(t.device)[t] / self.s.to(t.device)[t]) ** 2
+        if self.prediction == "sample":
+            return (snr + 1).clamp(max=min_snr)
+        return snr.clamp(max=min_snr) / (snr + 1 if self.prediction == "v_prediction" else snr)
 
     def t_of(self, sigma):
         """A noise level -> its (fractional) step in [0, T - 1], linear in log sigma."""
@@ -178,10 +196,13 @@ def sample(x0, schedule, noise, steps, sampler="dpm++", randn=torch.randn_like, 
     """
     sigmas, _ = schedule.grid(steps, sampler)
     walk = {"euler": euler, "ddim": euler, "dpm++": dpm_multistep, "edm": edm_heun}[sampler]
-    start = sigmas[0] if sampler == "edm" else math.sqrt(1 + sigmas[0] ** 2) if sigmas[0] < 20 else sigmas[0]
+    # Noise alone, or noise and data of unit variance: as the public samplers start. Over 20 it is all the same.
+    unit = sampler in ("ddim", "dpm++") or sampler == "euler" and schedule.spacing == "leading"
+    start = math.sqrt(1 + sigmas[0] ** 2) if unit and sigmas[0] < 20 else sigmas[0]
     pairs = list(zip(sigmas, sigmas[1:]))
     extra = dict(randn=randn, churn=churn) if sampler == "edm" else {}
-    return walk(x0, noise * start, tqdm(pairs, "sample", leave=False, disable=not progress), **extra)
+    x = walk(x0, noise * start, tqdm(pairs, "sample", leave=False, disable=not progress), **extra)
+    return x / math.sqrt(1 + sigmas[-1] ** 2)                            # DDIM's last level is not 0
 
 
 def euler(x0, x, pairs):
@@ -227,13 +248,14 @@ class EMA:
     def __init__(self, model, decay=0.999):
         self.decay, self.step = decay, 0
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.shadow = {name: p.detach().clone() for name, p in self.params.items()}
+        self.shadow = {name: p.detach().clone() for name, p in self.params.items()}  # of sharded ones, shards
 
     @torch.no_grad()
     def update(self):
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))      # follows closely at first
-        torch._foreach_lerp_(list(self.shadow.values()), list(self.params.values()), 1 - decay)
+        own = [local(p.detach()) for p in self.params.values()]
+        torch._foreach_lerp_([local(t) for t in self.shadow.values()], own, 1 - decay)
 
     @contextlib.contextmanager
     def applied(self):
@@ -249,6 +271,42 @@ class EMA:
     def copy(self, source):
         for name, p in self.params.items():
             p.copy_(source[name])
+
+
+# A sharded parameter (fully_shard) is a DTensor: each rank holds some of its rows. Files hold whole tensors.
+
+def spread(part):
+    """Spreads a network's weights, gradients and optimiser state over all ranks (FSDP2): each entry of a
+    ModuleList is gathered when it is its turn. Inputs are not cast: sizes and crops (time_ids) would not survive
+    bf16, and autocast chooses the precision of each operation."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    device = next(part.parameters()).device
+    policy = MixedPrecisionPolicy(precision(device), torch.float32, cast_forward_inputs=False)
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
+    for inner_first in reversed(lists):
+        for entry in inner_first:
+            fully_shard(entry, mesh=mesh, mp_policy=policy)
+    fully_shard(part, mesh=mesh, mp_policy=policy)
+
+
+def local(t):
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def whole(t):
+    """A tensor -> all of it. Of a sharded one every rank must ask, and all but the first get None."""
+    if not isinstance(t, DTensor):
+        return t.detach()
+    full = t.detach().full_tensor()
+    return full.cpu() if dist.get_rank() == 0 else None
+
+
+def like(t, p):
+    """A whole tensor -> sharded as the parameter p is."""
+    if not isinstance(p, DTensor) or t.shape != p.shape:                 # an optimiser's step count is no shard
+        return t
+    return distribute_tensor(t.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
 
 def seed_of(*parts):
@@ -272,6 +330,15 @@ class Batches(torch.utils.data.Sampler):
         return self.steps - self.start
 
 
+def precision(device):
+    """What networks compute in: bf16 on CUDA, fp32 elsewhere. Frozen weights of paper scale are stored in it."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def autocast(device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
+
+
 def start(device="auto"):
     """Picks the device and joins the process group under torchrun -> (device, rank, world)."""
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -288,11 +355,13 @@ def start(device="auto"):
 
 
 def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", warmup=100, decay="cosine", clip=1.0,
-        accumulate=1, ema=0.999, compile=False, workers=0, report_every=50, save_every=500, picture=None, measure=None):
+        accumulate=1, ema=0.999, compile=False, shard=False, workers=0, report_every=50, save_every=500, picture=None,
+        measure=None):
     """Trains model for `steps` optimiser steps and leaves OUT/{model.safetensors, state.pt, log.jsonl, samples.png}.
 
     model     a module with `.config`; parameters that require no gradient stay as they are.
     loss      loss(net, batch) -> scalar; net is the model, compiled and wrapped for DDP where asked.
+    shard     under torchrun: spread what is trained over the ranks instead of keeping a copy on each (DDP).
     dataset   dataset[(index, seed)] -> a dict of tensors; the seed makes every random choice in it repeatable.
     lr        peak rate: `warmup` steps up to it, then "cosine" to zero or "constant".
     picture   picture(model, path) draws samples.png;  measure(model) -> dict of numbers for the log. Both see EMA weights.
@@ -301,13 +370,17 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
     device, rank, world = start(device)
     out = Path(out)
     model = model.to(device).train()
+    if shard and world == 1:
+        sys.exit("--shard: looked for several ranks, found one; start it with torchrun --nproc_per_node N")
+    if shard:
+        spread(getattr(model, "stored", None) or model)
     average = EMA(model, ema)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.99),
                                   weight_decay=0.01, fused=True)
     recipe = dict(steps=steps, batch=batch * world, lr=lr, seed=seed, accumulate=accumulate, config=model.config)
     first = resume(out, model, average, optimiser, recipe)
     net = torch.compile(model) if compile else model                     # train net, save model: clean key names
-    if world > 1:
+    if world > 1 and not shard:
         net = nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=Batches(len(dataset), batch * accumulate, first, steps, seed, rank),
@@ -322,8 +395,8 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
         for part in range(accumulate):
             micro = {key: value[part::accumulate].to(device, non_blocking=True) for key, value in data.items()}
             last = part == accumulate - 1
-            with contextlib.nullcontext() if world == 1 or last else net.no_sync():
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with contextlib.nullcontext() if world == 1 or shard or last else net.no_sync():
+                with autocast(device):
                     error = loss(net, micro) / accumulate
                 error.backward()
             losses[-1] = losses[-1] + error.detach()
@@ -334,17 +407,20 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
         done = step + 1
         if done % report_every == 0 or done % save_every == 0 or done == steps:
             check_finite(torch.stack(losses), done, out)
+            line = dict(step=done, loss=round(torch.stack(losses).mean().item(), 5),
+                        seconds_per_step=round((time.time() - clock) / len(losses), 4))
+            saved = done % save_every == 0 or done == steps
+            if saved and (rank == 0 or shard):
+                with average.applied():
+                    save(model, out, rank)
+                    if rank == 0:
+                        shown = load(type(model), out, device) if shard else model.eval()
+                        line.update(show(shown, out, picture, measure))
+                model.train()
             if rank == 0:
-                line = dict(step=done, loss=round(torch.stack(losses).mean().item(), 5),
-                            seconds_per_step=round((time.time() - clock) / len(losses), 4))
-                saved = done % save_every == 0 or done == steps
-                if saved and measure:
-                    with average.applied():
-                        line.update(measure(model.eval()))
-                    model.train()
                 report(out, line, bar)
-                if saved:
-                    save_state(out, model, average, optimiser, done, recipe, picture)
+            if saved and (rank == 0 or shard):
+                save_state(out, average, optimiser, done, recipe, rank)
             losses, clock = [], time.time()
     if world > 1:
         dist.barrier()
@@ -369,17 +445,24 @@ def report(out, line, bar):
     bar.write("  ".join(f"{key} {value}" for key, value in line.items()))
 
 
-def save_state(out, model, average, optimiser, step, recipe, picture):
-    with replacing(out / "state.pt") as path:
-        torch.save(dict(model={n: p.detach() for n, p in average.params.items()}, ema=average.shadow, step=step,
-                        optimiser=optimiser.state_dict(), recipe=json.dumps(recipe, sort_keys=True)), path)
-    with average.applied():
-        save(model, out)
-        if picture:
-            model.eval()
-            with replacing(out / "samples.png") as path:
-                picture(model, path)
-            model.train()
+def show(model, out, picture, measure):
+    """Draws OUT/samples.png -> what there is to say in the log."""
+    said = measure(model) if measure else {}
+    if picture:
+        with replacing(out / "samples.png") as path:
+            picture(model, path)
+    return said
+
+
+def save_state(out, average, optimiser, step, recipe, rank):
+    """Writes OUT/state.pt, the last of a save: what is in it is finished. Frozen weights are not in it."""
+    state = optimiser.state_dict()
+    state["state"] = {i: {key: whole(t) for key, t in values.items()} for i, values in state["state"].items()}
+    content = dict(model={n: whole(p) for n, p in average.params.items()}, optimiser=state, step=step,
+                   ema={n: whole(t) for n, t in average.shadow.items()}, recipe=json.dumps(recipe, sort_keys=True))
+    if rank == 0:
+        with replacing(out / "state.pt") as path:
+            torch.save(content, path)
 
 
 def resume(out, model, average, optimiser, recipe):
@@ -388,12 +471,12 @@ def resume(out, model, average, optimiser, recipe):
         Path(out).mkdir(parents=True, exist_ok=True)
         for left in out.glob(".*.tmp*"):                                 # of a run that was killed while it wrote
             left.unlink(missing_ok=True)
-    path = out / "state.pt"
+    path, shards = out / "state.pt", any(isinstance(p, DTensor) for p in average.params.values())
     if not path.exists():
         (out / "log.jsonl").unlink(missing_ok=True)
         return 0
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=shards)   # a part for each rank
         old = json.loads(state["recipe"])
     except Exception as error:
         sys.exit(f"{path}: looked for a state to resume, found {type(error).__name__}; delete {out} to start afresh")
@@ -402,10 +485,12 @@ def resume(out, model, average, optimiser, recipe):
                if old.get(key) != new[key]]
     if differs:
         sys.exit(f"{path}: a run with other settings is there ({'; '.join(differs)}); give another --out or delete it")
-    average.copy(state["model"])
+    average.copy({n: like(state["model"][n], p) for n, p in average.params.items()})
     for name, p in average.shadow.items():
-        p.copy_(state["ema"][name])
+        p.copy_(like(state["ema"][name], p))
     average.step = state["step"]
+    for i, p in enumerate(average.params.values()):
+        state["optimiser"]["state"][i] = {k: like(t, p) for k, t in state["optimiser"]["state"][i].items()}
     optimiser.load_state_dict(state["optimiser"])
     log = out / "log.jsonl"
     lines = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
@@ -437,41 +522,62 @@ def replacing(path):
             part.unlink(missing_ok=True)
 
 
-def save(model, folder):
-    """Writes FOLDER/model.safetensors: the weights, and the constructor arguments as JSON in its metadata."""
-    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+def save(model, folder, rank=0):
+    """Writes FOLDER/model.safetensors: the weights, and the constructor arguments as JSON in its metadata.
+
+    A model that stands on a public base names in `stored` the one network that was trained: then only its
+    weights are written, with its config.json, under the public names, and `from_pretrained(FOLDER)` opens them."""
+    part = getattr(model, "stored", None)
+    state = {name: whole(t) for name, t in (part or model).state_dict().items()}
+    if rank:
+        return
+    state = {name: t.cpu().contiguous() for name, t in state.items()}
     about = {"format": FORMAT, "class": type(model).__name__, "config": model.config}
-    write_tensors(state, dict(seggen=json.dumps(about)), folder)         # one key: several come in a random order
+    if part:
+        with writable(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        with replacing(Path(folder) / "config.json") as path:
+            path.write_text(json.dumps(part.public_config(), indent=1) + "\n")
+    name = PUBLIC_FILE if part else OWN_FILE
+    write_tensors(state, dict(seggen=json.dumps(about)), folder, name)   # one key: several come in a random order
 
 
 def halve(source, folder):
     """Writes a checkpoint of ours again with 16-bit floats, half as large: FOLDER/model.safetensors."""
-    with safe_open(Path(source) / "model.safetensors", "pt") as file:
+    with safe_open(Path(source) / OWN_FILE, "pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}
         metadata = file.metadata()
     write_tensors({name: t.half() if t.is_floating_point() else t for name, t in state.items()}, metadata, folder)
 
 
-def write_tensors(state, metadata, folder):
+def write_tensors(state, metadata, folder, name=OWN_FILE):
     with writable(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
-    with replacing(Path(folder) / "model.safetensors") as path:
+    with replacing(Path(folder) / name) as path:
         try:
             save_file(state, path, metadata=metadata)
         except SafetensorError as error:                                 # how the library words a full disk
             raise OSError(str(error))
 
 
-def read(path, kind):
-    """FOLDER or FILE of a checkpoint of ours of class `kind` -> (config, state dict in fp32). One line on anything else."""
-    path = Path(path)
-    path = path / "model.safetensors" if path.is_dir() else path
+def checkpoint(folder):
+    """A folder of ours -> its weights: all of a model's, or those of the one public network that was trained."""
+    own, public = Path(folder) / OWN_FILE, Path(folder) / PUBLIC_FILE
+    return public if public.exists() and not own.exists() else own
+
+
+def read(path, kind, device="cpu"):
+    """FOLDER or FILE of a checkpoint of ours of class `kind` -> (config, state dict). One line on anything else.
+
+    Floats are fp32; those of a public network (paper scale) are as `precision` of the device says."""
+    path = checkpoint(path) if Path(path).is_dir() else Path(path)
+    dtype = precision(device) if path.name == PUBLIC_FILE else torch.float32
     if not path.is_file():
         sys.exit(f"{path}: looked for a {kind} checkpoint, found no such file; train one or give another --init / --weights")
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("seggen", "{}"))
-            state = {name: file.get_tensor(name) for name in file.keys()}
+            state = {name: placed(file.get_tensor(name), device, dtype) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         sys.exit(f"{path}: looked for a safetensors file, found something else or a truncated one ({error}); "
                  f"only .safetensors is read, never a pickle")
@@ -479,15 +585,21 @@ def read(path, kind):
     if found != (FORMAT, kind):
         sys.exit(f"{path}: looked for a checkpoint of format {FORMAT} that holds a {kind}, found format {found[0]} with "
                  f"{found[1]}; train it with this version")
-    return about["config"], {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
+    return about["config"], state
+
+
+def placed(t, device, dtype):
+    return t.to(device, dtype) if t.is_floating_point() else t.to(device)
 
 
 def load(cls, path, device="cpu"):
-    """A checkpoint of ours -> the module in eval mode, strict."""
-    config, state = read(path, cls.__name__)
-    model = cls(**config)
+    """A checkpoint of ours -> the module in eval mode, strict. A public base's own weights come from its folder."""
+    config, state = read(path, cls.__name__, device)
+    with torch.device(device):                                           # frozen weights go there at once
+        model = cls(**config)
+    part = getattr(model, "stored", None)
     try:
-        model.load_state_dict(state)
+        (part or model).load_state_dict(state, assign=part is not None)
     except RuntimeError as error:
         sys.exit(f"{path}: its keys are not those of {cls.__name__}: {' '.join(str(error).split())[:300]}")
     return model.to(device).eval()

@@ -9,7 +9,7 @@ PRESETS.
 Paper: SDXL (2307.01952), ControlNet (2302.05543), CLIP (2103.00020); SegGen (2311.03355) fine-tunes SDXL.
 Differs: small models work on patches of pixels, with a full-resolution head, and read hashed words, not
        tokens of a vocabulary (after 300 steps a caption moved the loss 30 times as much as with bytes).
-Reads: vocab.json, merges.txt (or tokenizer.json), tokenizer_config.json.  Writes: nothing.
+Reads: folders in the public layout (config.json, safetensors, a tokenizer's files).  Writes: nothing.
 Needs: no sibling file.
 
     python unet.py                  # the sizes of every preset
@@ -28,6 +28,7 @@ import zlib
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -96,6 +97,111 @@ def from_config(cls, config):
     if "CLIPTextModelWithProjection" in (config.get("architectures") or ()):
         arguments["projection"] = True
     return cls(**arguments)
+
+
+# ---- public folders ----------------------------------------------------------------------------------------
+
+def read_json(path):
+    """A JSON file -> its dict. Raises ValueError that names the path."""
+    try:
+        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: looked for a JSON file, found {type(error).__name__}; download it again")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: looked for a JSON object, found another value; download it again")
+    return content
+
+
+def weight_files(folder):
+    """A part of a public folder -> its safetensors files: whole or in shards, fp32 before fp16."""
+    folder = pathlib.Path(folder)
+    for stem in ("diffusion_pytorch_model", "model"):
+        for whole, index in ((f"{stem}.safetensors", f"{stem}.safetensors.index.json"),
+                             (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json")):
+            if (folder / whole).is_file():
+                return [folder / whole]
+            if (folder / index).is_file():
+                shards = read_json(folder / index).get("weight_map") or {}
+                return [folder / name for name in sorted(set(shards.values()))]
+    found = ", ".join(sorted(p.name for p in folder.glob("*"))) if folder.is_dir() else "no such folder"
+    raise ValueError(f"{folder}: looked for diffusion_pytorch_model.safetensors or model.safetensors, found "
+                     f"{found or 'nothing'}; download this part (only .safetensors is read, never a pickle)")
+
+
+def read_tensors(files, device="cpu", dtype=torch.float32):
+    """safetensors files -> one dict of tensors, floats as `dtype`. Raises ValueError, naming the file."""
+    state = {}
+    for path in files:
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                for name in file.keys():
+                    tensor = file.get_tensor(name)
+                    state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        except (SafetensorError, OSError) as error:
+            found = f"a truncated one ({error})" if pathlib.Path(path).is_file() else "no such file"
+            raise ValueError(f"{path}: looked for a safetensors file, found {found}; download it again")
+    return state
+
+
+def fill(net, state, where):
+    """Gives a network without memory (on the meta device) its tensors; every key and shape must be right."""
+    try:
+        missing, unexpected = net.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{where}: a tensor has another shape than config.json says: "
+                         f"{' '.join(str(error).split())[:200]}")
+    for keys, what in ((missing, "is missing"), (unexpected, "is not one of SDXL's")):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ValueError(f"{where}: looked for the tensors of a {type(net).__name__}; {keys[0]}{more} "
+                             f"{what}; download this part again")
+    return net
+
+
+PUBLIC_CLASS = {"UNet": ("UNet2DConditionModel",), "ControlNet": ("ControlNetModel",),
+                "VAE": ("AutoencoderKL",), "CLIPText": ("CLIPTextModel", "CLIPTextModelWithProjection")}
+
+
+def empty_part(cls, folder):
+    """FOLDER/config.json -> that network on the meta device: shapes without memory. Raises ValueError."""
+    path = pathlib.Path(folder) / "config.json"
+    config = read_json(path)
+    kind, wanted = (config.get("architectures") or [config.get("_class_name")])[0], PUBLIC_CLASS[cls.__name__]
+    if kind not in wanted:
+        raise ValueError(f"{path}: looked for {' or '.join(wanted)}, found {kind}; it is another part")
+    try:
+        with torch.device("meta"):
+            return cls.from_config(config)
+    except (ValueError, TypeError, IndexError) as error:
+        raise ValueError(f"{path}: {error}; give the folder of stabilityai/stable-diffusion-xl-base-1.0")
+
+
+def read_part(cls, folder, device="cpu", dtype=torch.float32):
+    """One part of a public folder -> the network with its weights, in eval mode.
+
+    Raises ValueError in one line: config.json or weights missing or of another part; a key missing, extra or
+    of another shape; a truncated file."""
+    net = empty_part(cls, folder)
+    return fill(net, read_tensors(weight_files(folder), device, dtype), folder).eval()
+
+
+def is_public(folder):
+    """Whether a folder is in the layout of the public pipelines (several networks, one folder each)."""
+    folder = pathlib.Path(folder)
+    return (folder / "model_index.json").exists() or (folder / "unet" / "config.json").exists()
+
+
+def check_sdxl(folder):
+    """Raises ValueError unless a folder's model_index.json is that of SDXL and every part is there."""
+    folder = pathlib.Path(folder)
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    if not str(kind).startswith("StableDiffusionXL"):
+        raise ValueError(f"{folder}: looked for a StableDiffusionXLPipeline, found {kind}; "
+                         "give the folder of stabilityai/stable-diffusion-xl-base-1.0")
+    parts = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    if lost := [part for part in parts if not (folder / part).is_dir()]:
+        raise ValueError(f"{folder}: looked for the parts of SDXL, found no {', '.join(lost)}; "
+                         "download the whole folder")
 
 
 # ---- parts -------------------------------------------------------------------------------------------------
@@ -524,12 +630,12 @@ class TextEncoder(nn.Module):
         self.pool = nn.Linear(width, width, bias=False)
 
     def tokenize(self, captions):
-        """B captions -> (B, length) long on the encoder's device; words that do not fit are left out."""
+        """B captions -> (B, length) long on the CPU; words that do not fit are left out."""
         tokens = torch.zeros(len(captions), self.config["length"], dtype=torch.long)
         for row, caption in zip(tokens, captions):
             words = re.findall(r"\w+|[^\w\s]", caption.lower())[:len(row)]
             row[:len(words)] = torch.tensor([zlib.crc32(word.encode()) + 1 for word in words])
-        return tokens.to(self.position.device)
+        return tokens
 
     def forward(self, tokens):
         """(B, L) -> context (B, L, D), zero at padding: cross-attention needs no mask; and pooled (B, D)."""
@@ -747,18 +853,19 @@ class CLIPTokenizer:
     def __init__(self, folder, length=77):
         folder = pathlib.Path(folder)
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            self.ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+            self.ids = read_json(folder / "vocab.json")
             lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
             merges = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
         elif (folder / "tokenizer.json").exists():
-            model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+            model = read_json(folder / "tokenizer.json")["model"]
             self.ids = model["vocab"]
             merges = [m.split() if isinstance(m, str) else m for m in model["merges"]]
         else:
-            raise ValueError(f"{folder}: no vocab.json and merges.txt of a CLIP tokenizer")
+            raise ValueError(f"{folder}: looked for a CLIP tokenizer's vocab.json and merges.txt (or "
+                             "tokenizer.json), found none; download them")
         self.ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
         config = folder / "tokenizer_config.json"
-        pad = json.loads(config.read_text(encoding="utf-8")).get("pad_token", END) if config.exists() else END
+        pad = read_json(config).get("pad_token", END) if config.exists() else END
         pad = pad["content"] if isinstance(pad, dict) else pad
         self.length, self.pad, self.bytes, self.cache = length, self.ids[pad], byte_characters(), {}
         self.specials = re.compile("(" + "|".join(re.escape(s) for s in {START, END, pad}) + ")")
@@ -806,6 +913,41 @@ def merged(parts, pair):
         else:
             out.append(part)
     return out
+
+
+class SDXLText(nn.Module):
+    """SDXL's two frozen CLIP encoders and their tokenizers, with the interface of TextEncoder.
+
+    An empty caption is all zeros, as tokens and as what they give: the null condition, the same in training
+    and in sampling. The public pipeline does so for a negative prompt that is not given, but encodes ""."""
+
+    def __init__(self, text_encoder, text_encoder_2, tokenizer, tokenizer_2):
+        super().__init__()
+        self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
+        self.tokenizers = tokenizer, tokenizer_2
+        self.requires_grad_(False)
+
+    @classmethod
+    def read(cls, folder, device="cpu", dtype=torch.float32):
+        """From a public folder. Raises ValueError in one line."""
+        folder = pathlib.Path(folder)
+        encoders = [read_part(CLIPText, folder / f"text_encoder{end}", device, dtype) for end in ("", "_2")]
+        lengths = [encoder.config["max_position_embeddings"] for encoder in encoders]
+        return cls(*encoders, *(CLIPTokenizer(folder / f"tokenizer{end}", length)
+                                for end, length in zip(("", "_2"), lengths)))
+
+    def tokenize(self, captions):
+        """B captions -> (B, 2, 77) long on the CPU; an empty caption is all zeros."""
+        tokens = torch.stack([tokenizer(captions) for tokenizer in self.tokenizers], dim=1)
+        return tokens * torch.tensor([bool(caption.strip()) for caption in captions])[:, None, None]
+
+    @torch.no_grad()
+    def forward(self, tokens):
+        """(B, 2, 77) -> context (B, 77, D + D_2): the layers before the last; the second's pooled (B, P)."""
+        first, _ = self.text_encoder(tokens[:, 0])                  # (B, 77, D)
+        second, pooled = self.text_encoder_2(tokens[:, 1])          # (B, 77, D_2), (B, P)
+        real = tokens.flatten(1).any(1)                             # (B,): a caption has start and end
+        return torch.cat([first, second], dim=2) * real[:, None, None], pooled * real[:, None]
 
 
 def main():
