@@ -67,15 +67,19 @@ class Schedule:
         self.sigmas = ((1 - alpha_bar) / alpha_bar).sqrt()               # (T,) rising
 
     @classmethod
-    def from_public(cls, config):
-        """The dict of a public scheduler_config.json -> Schedule. Raises ValueError where it is not SDXL's."""
+    def from_public(cls, path):
+        """A public scheduler_config.json -> Schedule. Raises ValueError where it is not SDXL's."""
+        try:
+            config = dict(json.loads(Path(path).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{path}: looked for a JSON object, found {type(error).__name__}; download it again")
         only = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", trained_betas=None,
                     rescale_betas_zero_snr=False, use_karras_sigmas=False, use_exponential_sigmas=False,
                     use_beta_sigmas=False)
         wrong = [f"{key} = {config[key]!r}" for key, value in only.items() if config.get(key, value) != value]
         if "num_train_timesteps" not in config or wrong:
             found = ", ".join(wrong) or "no num_train_timesteps"
-            raise ValueError(f"looked for SDXL's noise levels, found {found}; use its scheduler/")
+            raise ValueError(f"{path}: looked for SDXL's noise levels, found {found}; download its scheduler/")
         return cls(prediction=config.get("prediction_type", "epsilon"), T=config["num_train_timesteps"],
                    spacing=config.get("timestep_spacing", "leading"), offset=config.get("steps_offset", 0))
 

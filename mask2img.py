@@ -2,15 +2,18 @@
 
 The base has learned pictures from captions alone, without any mask. The ControlNet is a copy of the base's encoder
 that reads the colour map and speaks to the frozen base through convolutions that start at zero: the prior of the base
-stays, the mask steers it. `base` trains the small base itself.
+stays, the mask steers it. `base` trains the small base itself. With SDXL only the ControlNet is stored.
 
 Paper: SegGen (2311.03355) section 3, Mask2Img: SDXL-base frozen + ControlNet (2302.05543), lr 1e-5, 30k steps.
 Differs: on small data the base is a pixel-space UNet of our own; --unfreeze trains the base along with the ControlNet;
-       without --init both start from scratch together. Caption and mask are dropped together for guidance.
-Reads: data/NAME/{train,val,unlabelled} pair folders; --init a base.    Writes: out/NAME/base, out/NAME/mask2img.
+       without --init both start from scratch together. Caption and mask are dropped together for guidance; on SDXL the
+       caption alone, as in the public pipeline, which shows the mask to both halves.
+Reads: data/NAME/{train,val,unlabelled} pair folders; --init a base, or a folder of SDXL in the public layout.
+Writes: out/NAME/base, out/NAME/mask2img.
 Needs: unet.py, diffusion.py, text2mask.py (the mask codec and the data set).
     python mask2img.py base --data shapes
     python mask2img.py train --data shapes --init out/shapes/base
+    torchrun --nproc_per_node 8 mask2img.py train --data ade20k --init stable-diffusion-xl-base-1.0
     python mask2img.py sample --mask data/shapes/val/masks/00000.png --prompt "a house under a grey sky"
 Dimension key: B batch, C channels, H W pixels, L caption tokens, K classes.
 """
@@ -23,30 +26,45 @@ import torch
 from torch import nn
 
 import diffusion
+import unet as networks
 from diffusion import positive, replacing, seed_of
-from text2mask import (ROOT, Pairs, TextToImage, common_flags, dataset_folder, encode, fit, grid, palette, read_captions,
-                       read_classes, read_ids)
-from unet import PRESETS, ControlNet
+from text2mask import (ROOT, Pairs, TextToImage, common_flags, dataset_folder, dropped, encode, fit, grid, palette,
+                       parsed, read_captions, read_classes, read_ids, to_pixels, told)
+from unet import PRESETS, ControlNet, UNet
 
 SCHEDULE = dict(kind="cosine", prediction="sample", spacing="trailing")
 MIN_SNR = 5.0                  # weight of nearly clean inputs: plain x0 loss (1) leaves textures soft
 
 
 class Mask2Img(TextToImage):
-    """A base and a ControlNet. controlnet: the constructor arguments it has beside the UNet's; classes: [{"name"}]."""
+    """A base and a ControlNet. controlnet: the constructor arguments it has beside the UNet's; classes: [{"name"}].
 
-    def __init__(self, unet, text, schedule, size, controlnet, classes, edges=False):
-        super().__init__(unet, text, schedule, size)
+    On SDXL (base) the UNet is frozen and comes with its weights; the ControlNet has none until it is given them."""
+
+    def __init__(self, unet=None, text=None, schedule=None, size=None, controlnet=None, classes=(), edges=False,
+                 base=None):
+        super().__init__(unet, text, schedule, size, base)
         self.config.update(controlnet=controlnet, classes=classes, edges=edges)
-        self.controlnet = ControlNet.from_unet(self.unet, **controlnet)
+        device = torch.get_default_device()
+        with torch.device("meta" if base else device):
+            self.controlnet = ControlNet.from_unet(self.unet, **controlnet)
+        if base is not None:
+            with told():
+                self.unet = networks.read_part(UNet, Path(base) / "unet", device, diffusion.precision(device))
+            self.unet.requires_grad_(False)
         self.register_buffer("colours", torch.from_numpy(palette(len(classes))).float() / 255, persistent=False)
+
+    @property
+    def stored(self):
+        """What a checkpoint holds where the rest is in the base's folder."""
+        return self.controlnet if self.vae else None
 
     def colour_map(self, codes):
         """(B, H, W) long codes -> (B, 3, H, W) in [0, 1]."""
         return self.colours[codes].permute(0, 3, 1, 2)
 
     def forward(self, x, t, text, time_ids, cond):
-        """x (B, 3, H, W) noised, t (B,), text as TextToImage, cond (B, 3, H, W) colour map in [0, 1] -> x0."""
+        """x (B, C, h, w) noised, t (B,), text as TextToImage, cond (B, 3, H, W) colour map in [0, 1] -> as x."""
         context, pooled = self.text(text) if torch.is_tensor(text) else text
         if isinstance(context, tuple):                                   # keys and values of both networks
             base, control = context
@@ -58,29 +76,27 @@ class Mask2Img(TextToImage):
     def project(self, context):
         return self.unet.project_text(context), self.controlnet.project_text(context)
 
-    def loss(self, net, batch, drop, shuffle=False):
-        """The diffusion loss; a share `drop` of the samples has neither mask nor caption."""
+    def loss(self, net, batch, drop, min_snr=MIN_SNR, noise_offset=0.0, shuffle=False):
+        """The diffusion loss; a share `drop` of the samples has neither mask nor caption, on SDXL no caption."""
         keep = torch.rand(len(batch["codes"]), 1, device=batch["codes"].device) >= drop
-        codes = batch["codes"].roll(1, 0) if shuffle else batch["codes"]
-        return diffusion.loss(net, self.schedule, batch["image"], batch["tokens"] * keep, batch["time_ids"],
-                              self.colour_map(codes) * keep[:, :, None, None], min_snr=MIN_SNR)
+        cond = self.colour_map(batch["codes"].roll(1, 0) if shuffle else batch["codes"])
+        cond = cond if self.vae else cond * keep[:, :, None, None]
+        return diffusion.loss(net, self.schedule, self.latents(batch["image"]), dropped(batch["tokens"], keep),
+                              batch["time_ids"], cond, min_snr=min_snr, noise_offset=noise_offset)
 
     def sample(self, codes, captions, seeds, steps=15, guidance=1.5, sampler="dpm++"):
         """(B, H, W) uint8 codes, B captions and seeds -> (B, H, W, 3) uint8 images."""
         cond = self.colour_map(torch.from_numpy(np.asarray(codes)).long().to(self.colours.device))
-        x0 = self.draw(captions, seeds, steps, guidance, sampler, codes.shape[1:], (cond,), (torch.zeros_like(cond),))
-        return to_pixels(x0)
-
-
-def to_pixels(x0):
-    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8."""
-    return ((x0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        null = cond if self.vae else torch.zeros_like(cond)
+        return to_pixels(self.draw(captions, seeds, steps, guidance, sampler, codes.shape[1:], (cond,), (null,)))
 
 
 # ------------------------------------------------------------------------------------------------------ CLI
 
 def base(args):
     """Trains the text-to-image base on images and captions alone."""
+    if args.init:
+        sys.exit(f"--init {args.init}: `base` starts from scratch; leave it out, or give it to `train`")
     torch.manual_seed(seed_of(args.seed, "weights"))
     model = TextToImage(PRESETS["tiny"]["unet"], PRESETS["tiny"]["text"], SCHEDULE, args.size)
     data = Pairs(dataset_folder(args.data, args.split), args.size, model.text.tokenize, masks=False, limit=args.limit)
@@ -99,6 +115,8 @@ def base(args):
 
 def assembled(args, classes):
     """A new Mask2Img: on the frozen base of --init (trainable with --unfreeze), or all from scratch."""
+    if args.public:
+        return on_sdxl(args, classes)
     config = dict(unet=PRESETS["tiny"]["unet"], text=PRESETS["tiny"]["text"], schedule=SCHEDULE)
     if args.init:
         config, state = diffusion.read(args.init, "TextToImage")
@@ -112,6 +130,20 @@ def assembled(args, classes):
     return model
 
 
+def on_sdxl(args, classes):
+    """A new Mask2Img on frozen SDXL; the ControlNet is a copy of the UNet's encoder, or that of --controlnet."""
+    with torch.device(diffusion.start(args.device)[0]), told():
+        device, own = torch.get_default_device(), {}
+        if args.controlnet:                                              # trained by others: it may be of another width
+            given = networks.read_part(ControlNet, args.controlnet, device)
+            own = {key: given.config[key] for key in ("conditioning_channels", "conditioning_embedding_out_channels")}
+        model = Mask2Img(base=args.init, size=args.size, controlnet=own, classes=classes, edges=args.edges)
+        if not args.controlnet:                                          # from fp32 weights: the frozen may be bf16
+            given = ControlNet.from_unet(networks.read_part(UNet, args.init / "unet", device))
+        networks.fill(model.controlnet, given.state_dict(), args.controlnet or args.init / "unet")
+    return model
+
+
 def train(args):
     folder = dataset_folder(args.data, "train")
     classes = read_classes(folder)
@@ -121,27 +153,30 @@ def train(args):
     val = held_out(args, model)
 
     def picture(model, path):
-        count = min(24, len(val))
+        count = min(8 if model.vae else 24, len(val))
         items = [val[i, 0] for i in range(count)]
         codes = np.stack([item["codes"].numpy().astype(np.uint8) for item in items])
         captions = [read_captions(val.folder, name, classes)[0] for _, name in val.names[:count]]
         images = model.sample(codes, captions, range(count))
         real = to_pixels(torch.stack([item["image"] for item in items]))
         rows = [[palette(len(classes))[c] for c in codes], images, real]
-        grid([row[i:i + 8] for i in range(0, count, 8) for row in rows if i + 8 <= count] or rows).save(path)
+        rows = [row[i:i + 8] for i in range(0, count, 8) for row in rows if i + 8 <= count] or rows
+        grid(rows, 1 if model.vae else 2).save(path)
 
     def measure(model):
         """Condition gap: loss with the masks of other images minus loss with the right ones. Near 0: masks ignored."""
         device, gap = next(model.parameters()).device, []
-        with torch.no_grad():
+        with torch.no_grad(), model.autocast():
             for start in range(0, min(len(val), 64), 16):
                 items = [val[i, 0] for i in range(start, min(start + 16, len(val)))]
                 batch = {key: torch.stack([item[key] for item in items]).to(device) for key in items[0]}
                 for shuffle, sign in ((True, 1), (False, -1)):
                     torch.manual_seed(start)
-                    gap.append(sign * len(items) * model.loss(model, batch, 0.0, shuffle).item())
+                    gap.append(sign * len(items) * model.loss(model, batch, 0.0, shuffle=shuffle).item())
         return dict(condition_gap=round(sum(gap) / min(len(val), 64), 5))
-    fit(model, lambda net, batch: model.loss(net, batch, args.drop), data, args, "mask2img", picture, measure)
+    min_snr = args.min_snr if args.public else MIN_SNR
+    fit(model, lambda net, batch: model.loss(net, batch, args.drop, min_snr, args.noise_offset), data, args, "mask2img",
+        picture, measure)
 
 
 def held_out(args, model):
@@ -175,8 +210,9 @@ def main():
     p = commands.add_parser("base", help="train the text-to-image base, without masks", **defaults)
     common_flags(p, steps=8000, batch=16, lr=1e-3)
     p.add_argument("--split", default="unlabelled", help="the folder of images and captions under --data")
-    p = commands.add_parser("train", help="train the ControlNet (on the frozen base of --init)", **defaults)
+    p = training = commands.add_parser("train", help="train the ControlNet (on the frozen base of --init)", **defaults)
     common_flags(p, steps=6000, batch=16, lr=1e-3)
+    p.add_argument("--controlnet", type=Path, help="with SDXL: a ControlNet in the public layout to start from")
     p.add_argument("--edges", action="store_true", help="masks have every segment outlined")
     p.add_argument("--unfreeze", action="store_true", help="train the base as well")
     p = commands.add_parser("sample", help="paint images of one mask", **defaults)
@@ -190,7 +226,9 @@ def main():
     p.add_argument("--sampler", choices=("dpm++", "ddim", "euler", "edm"), default="dpm++")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto")
-    args = parser.parse_args()
+    args = parsed(parser, training)
+    if getattr(args, "controlnet", None) and not args.public or getattr(args, "unfreeze", False) and args.public:
+        sys.exit("--controlnet is for --init with a folder of SDXL, --unfreeze for the built-in base; leave it out")
     {"base": base, "train": train, "sample": sample}[args.command](args)
 
 

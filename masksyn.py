@@ -107,7 +107,7 @@ def synthesize(args, stage, sources, per, make, classes, meta):
 def demo_or_trained(data, stage, given):
     """--text2mask / --mask2img if given, else what was trained on --data, else the shipped demo weights."""
     trained = Path("out") / name_of(data) / stage
-    return given or (trained if (trained / "model.safetensors").exists() and name_of(data) != "shapes"
+    return given or (trained if diffusion.checkpoint(trained).exists() and name_of(data) != "shapes"
                      else ROOT / "weights" / name_of(data) / stage)
 
 

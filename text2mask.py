@@ -2,19 +2,23 @@
 
 A mask becomes an image by giving each class a colour, so a text-to-image model can be fine-tuned to draw masks. In
 pixel space the network says, for every pixel, how likely each colour of the palette is; x0 is the expected colour and
-the loss is cross-entropy, so a finished mask needs no decoding of blended borders.
+the loss is cross-entropy, so a finished mask needs no decoding of blended borders. With SDXL the colour map is an image
+like any other: its latents are noised, and the picture that the VAE makes of a sample is read by nearest colour.
 
 Paper: SegGen (2311.03355) section 3, Text2Mask: SDXL-base fine-tuned on (caption, colour map), lr 1e-5, 30k steps.
        The palette is measured in the authors' published pictures, where it explains every pixel.
 Differs: on small data the base is a small pixel-space UNet of our own with a logit per colour; masks are cleaned of
        specks (the paper's are not); edges between instances are one pixel wide (the paper does not say).
-Reads: data/NAME/{train,val} pair folders; --init a base of mask2img.py.    Writes: out/NAME/text2mask.
+Reads: data/NAME/{train,val} pair folders; --init a base of mask2img.py, or a folder of SDXL in the public layout.
+Writes: out/NAME/text2mask.
 Needs: unet.py, diffusion.py.
     python text2mask.py sample --prompt "two red houses by the water at sunset"
     python text2mask.py train --data shapes --init out/shapes/base
+    torchrun --nproc_per_node 8 text2mask.py train --data ade20k --init stable-diffusion-xl-base-1.0 --shard
 Dimension key: B batch, C channels, H W pixels, L caption tokens, D width, K classes; codes 0 void, 1..K, K + 1 edge.
 """
 import argparse
+import contextlib
 import functools
 import json
 import re
@@ -29,10 +33,12 @@ from torch import nn
 from tqdm import tqdm
 
 import diffusion
+import unet as networks
 from diffusion import Schedule, positive, replacing, seed_of
-from unet import PRESETS, TextEncoder, UNet
+from unet import PRESETS, VAE, SDXLText, TextEncoder, UNet
 
 ROOT = Path(__file__).resolve().parent
+PAPER = dict(steps=30000, lr=1e-5, size=(768, 768), batch=4, checkpointing=True, workers=4)   # batch, workers: [?]
 MAX_CLASSES = 214                                                        # b = 6 has 216 colours: void and edge are two
 
 
@@ -277,25 +283,89 @@ def flipped(tensor, mirror):
 
 # ---------------------------------------------------------------------------------------------- the networks
 
+@contextlib.contextmanager
+def told():
+    """What a public folder lacks ends the program in one line."""
+    try:
+        yield
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+@functools.cache
+def frozen(base, device):
+    """SDXL's text encoders and VAE: nothing trains them, so the models on a device share them. fp16 would overflow
+    in the VAE, and bf16 blur the colours of masks: it is fp32."""
+    text = SDXLText.read(base, device, diffusion.precision(device))
+    return text, networks.read_part(VAE, Path(base) / "vae", device).requires_grad_(False)
+
+
 class TextToImage(nn.Module):
-    """A UNet, its text encoder and its schedule: caption -> picture in pixel space. The base of both generators.
+    """A UNet, its text encoder and its schedule: caption -> picture. The base of both generators.
 
     unet, text, schedule: constructor arguments of UNet, TextEncoder, Schedule;  size: (H, W) it was trained at.
+    base: in place of these a folder of SDXL in the public layout. Then what is painted are latents of its frozen VAE,
+    text encoders and VAE come with their weights, and the UNet has none (the meta device) until it is given them.
     """
 
-    def __init__(self, unet, text, schedule, size):
+    def __init__(self, unet=None, text=None, schedule=None, size=None, base=None):
         super().__init__()
-        self.config = dict(unet=unet, text=text, schedule=schedule, size=list(size))
-        self.unet, self.text, self.schedule = UNet(**unet), TextEncoder(**text), Schedule(**schedule)
+        if base is None:
+            self.config = dict(unet=unet, text=text, schedule=schedule, size=list(size))
+            self.unet, self.text, self.schedule = UNet(**unet), TextEncoder(**text), Schedule(**schedule)
+            self.vae = None
+            return
+        self.config = dict(base=str(base), size=list(size))
+        with told():
+            networks.check_sdxl(base)
+            self.unet = networks.empty_part(UNet, Path(base) / "unet")
+            self.schedule = Schedule.from_public(Path(base) / "scheduler" / "scheduler_config.json")
+            self.text, self.vae = frozen(str(base), str(torch.get_default_device()))
+        if wrong := [side for side in size if side % self.vae.factor]:
+            sys.exit(f"--size: {wrong[0]} is no multiple of {self.vae.factor}, the VAE's factor; give one that is")
 
     def forward(self, x, t, text, time_ids):
-        """x (B, 3, H, W) noised, t (B,), text (B, L) tokens or the (context, pooled) of prepare -> x0 (B, 3, H, W)."""
+        """x (B, C, H, W) noised, t (B,), text (B, L) tokens or the (context, pooled) of prepare -> as x; what it means
+        says the schedule."""
         context, pooled = self.text(text) if torch.is_tensor(text) else text
         return self.unet(x, t, context, pooled, time_ids)
 
+    @torch.no_grad()
+    def latents(self, x):
+        """Pictures (B, 3, H, W) in [-1, 1] -> what the UNet paints: themselves or a sample of their latents."""
+        if self.vae is None:
+            return x
+        with torch.autocast(x.device.type, enabled=False):               # SDXL's VAE in fp32
+            return self.vae.encode(x.float())
+
+    @torch.no_grad()
+    def pictures(self, z):
+        """What the UNet paints -> (B, 3, H, W) in about [-1, 1]."""
+        if self.vae is None:
+            return z
+        with torch.autocast(z.device.type, enabled=False):
+            return self.vae.decode(z.float())
+
+    def autocast(self):
+        """bf16 on CUDA at paper scale; small models sample in fp32."""
+        device = next(self.parameters()).device
+        return contextlib.nullcontext() if self.vae is None else diffusion.autocast(device)
+
+    def encoded(self, captions, device):
+        """B captions -> context (B, L, D), pooled (B, P). SDXL's encoders read each caption alone and once, so that
+        it gives the same bits in any batch, and to both models."""
+        if self.vae is None:
+            return self.text(self.text.tokenize(captions).to(device))
+        memory = self.text.__dict__.setdefault("memory", {})
+        if len(memory) > 256:                                            # 315 kB a caption in bf16
+            memory.clear()
+        for caption in set(captions) - set(memory):
+            memory[caption] = self.text(self.text.tokenize([caption]).to(device))
+        return tuple(torch.cat(part) for part in zip(*(memory[caption] for caption in captions)))
+
     def prepare(self, captions, size, device):
         """What stays the same over a sampling run: ((keys and values, pooled), time_ids)."""
-        context, pooled = self.text(self.text.tokenize(captions))
+        context, pooled = self.encoded(captions, device)
         time_ids = torch.tensor([[*size, 0, 0, *size]] * len(captions), dtype=torch.float32, device=device)
         return (self.project(context), pooled), time_ids
 
@@ -306,48 +376,76 @@ class TextToImage(nn.Module):
     @torch.no_grad()
     def draw(self, captions, seeds, steps, guidance, sampler, size=None, cond=(), null=(), decode=None):
         """B captions and seeds -> x0 (B, 3, H, W). A sample depends on its own caption and seed alone."""
-        device, size = next(self.parameters()).device, size or self.config["size"]
+        device, size = next(self.parameters()).device, tuple(size or self.config["size"])
+        factor = self.vae.factor if self.vae else 1
+        shape = self.unet.config["in_channels"], size[0] // factor, size[1] // factor
         streams = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def randn(x=None):
-            return torch.stack([torch.randn(3, *size, generator=g) for g in streams]).to(device)
-        x0 = diffusion.denoiser(self, self.schedule, (*self.prepare(captions, size, device), *cond),
-                                (*self.prepare([""] * len(captions), size, device), *null), guidance, decode)
-        return diffusion.sample(x0, self.schedule, randn(), steps, sampler, randn)
+            return torch.stack([torch.randn(shape, generator=g) for g in streams]).to(device)
+        with self.autocast():
+            x0 = diffusion.denoiser(self, self.schedule, (*self.prepare(captions, size, device), *cond),
+                                    (*self.prepare([""] * len(captions), size, device), *null), guidance, decode)
+            return self.pictures(diffusion.sample(x0, self.schedule, randn(), steps, sampler, randn))
+
+
+def dropped(tokens, keep):
+    """Tokens (B, ...) with those of a caption zeroed where keep (B,) or (B, 1) is False: the null condition."""
+    return tokens * keep.view(-1, *[1] * (tokens.ndim - 1))
+
+
+def to_pixels(x0):
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8."""
+    return ((x0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 class Text2Mask(TextToImage):
-    """The same UNet with a logit per palette code and pixel. classes: [{"name", "isthing"}]; edges: codes have edges."""
+    """The same UNet with a logit per palette code and pixel; on SDXL the very same UNet, all of it fine-tuned.
 
-    def __init__(self, unet, text, schedule, size, classes, edges=False):
-        super().__init__(unet, text, schedule, size)
+    classes: [{"name", "isthing"}]; edges: codes have edges."""
+
+    def __init__(self, unet=None, text=None, schedule=None, size=None, classes=(), edges=False, base=None):
+        super().__init__(unet, text, schedule, size, base)
         self.config.update(classes=classes, edges=edges)
         colours = torch.from_numpy(palette(len(classes))).float() / 127.5 - 1
         self.register_buffer("colours", colours, persistent=False)       # (K + 2, 3) in [-1, 1]
+
+    @property
+    def stored(self):
+        """What a checkpoint holds where the rest is in the base's folder."""
+        return self.unet if self.vae else None
 
     def paint(self, logits):
         """(B, K + 2, H, W) logits -> the expected colour map (B, 3, H, W) in [-1, 1]."""
         return torch.einsum("bkhw,kc->bchw", logits.softmax(1), self.colours)
 
-    def loss(self, net, batch, drop):
-        """Cross-entropy of the codes at a random noise level; a share `drop` of the captions is dropped."""
+    def loss(self, net, batch, drop, min_snr=None, noise_offset=0.0):
+        """A share `drop` of the captions is dropped. Pixels: cross-entropy of the codes at a random noise level.
+        SDXL: the diffusion loss of the colour map's latents."""
         codes = batch["codes"]                                           # (B, H, W)
         x0 = self.colours[codes].permute(0, 3, 1, 2)                     # (B, 3, H, W)
+        if self.vae:
+            tokens = dropped(batch["tokens"], torch.rand(len(codes), device=codes.device) >= drop)
+            return diffusion.loss(net, self.schedule, self.latents(x0), tokens, batch["time_ids"], min_snr=min_snr,
+                                  noise_offset=noise_offset)
         t = torch.randint(self.schedule.T, (len(codes),), device=codes.device)
         x = self.schedule.noised(x0, torch.randn_like(x0), t)
-        tokens = batch["tokens"] * (torch.rand(len(codes), 1, device=codes.device) >= drop)
+        tokens = dropped(batch["tokens"], torch.rand(len(codes), 1, device=codes.device) >= drop)
         return F.cross_entropy(net(x, t, tokens, batch["time_ids"]).float(), codes)
 
     def sample(self, captions, seeds, steps=25, guidance=1.3, sampler="dpm++", size=None, maps=False):
-        """B captions and seeds -> (B, H, W) uint8 codes: the likeliest colour of the last step; with maps also the
-        colour maps (B, H, W, 3) float in [0, 255] that they are read from."""
+        """B captions and seeds -> (B, H, W) uint8 codes: the likeliest colour of the last step, or of SDXL's picture
+        the nearest; with maps also the colour maps (B, H, W, 3) float in [0, 255] that they are read from."""
         last = []
 
-        def decode(logits):
+        def decode_logits(logits):
             last[:] = [logits]
             return self.paint(logits)
-        x0 = self.draw(captions, seeds, steps, guidance, sampler, size, decode=decode)
-        codes = last[0].argmax(1).to(torch.uint8).cpu().numpy()
+        x0 = self.draw(captions, seeds, steps, guidance, sampler, size, decode=None if self.vae else decode_logits)
+        if self.vae:
+            codes = np.stack([decode(colours, len(self.config["classes"])) for colours in to_pixels(x0)])
+        else:
+            codes = last[0].argmax(1).to(torch.uint8).cpu().numpy()
         return (codes, (x0.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5) if maps else codes
 
 
@@ -411,7 +509,9 @@ def common_flags(parser, steps, batch, lr):
     """The flags of every training command of the generators."""
     parser.add_argument("--data", default="shapes", help="NAME (data/NAME) or a folder that holds train/ and val/")
     parser.add_argument("--out", type=Path, help="folder of the results (default: out/NAME/STAGE)")
-    parser.add_argument("--init", type=Path, help="base to start from: a folder of `mask2img.py base`")
+    parser.add_argument("--init", type=Path, help="base to start from: a folder of `mask2img.py base`, or "
+                        "of SDXL in the public layout; with SDXL the defaults are "
+                        + ", ".join(f"{name} {value}" for name, value in PAPER.items()))
     parser.add_argument("--size", type=parse_size, default=(64, 64), help="64 or 96x72 (width x height)")
     parser.add_argument("--limit", type=positive(int), help="use the first N training pairs only")
     parser.add_argument("--steps", type=positive(int), default=steps, help="training steps")
@@ -424,6 +524,28 @@ def common_flags(parser, steps, batch, lr):
     parser.add_argument("--save-every", type=positive(int), default=500, help="steps between states to resume from")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--compile", action="store_true", help="torch.compile (for CUDA)")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
+                        help="recompute in backward instead of keeping what forward made: less memory, a third slower")
+    parser.add_argument("--shard", action="store_true", help="SDXL under torchrun: weights, gradients and "
+                        "optimiser state spread over the ranks (FSDP2) instead of copied (DDP)")
+    parser.add_argument("--min-snr", type=positive(float), help="SDXL: cap of nearly clean inputs' weight; 5 is usual")
+    parser.add_argument("--noise-offset", type=float, default=0.0, help="random constant an image and channel (SDXL)")
+
+
+def parsed(parser, *training):
+    """The arguments; where --init is a folder of SDXL, the training commands' defaults are the paper's."""
+    args = parser.parse_args()
+    public = bool(getattr(args, "init", None)) and networks.is_public(args.init)
+    if public:
+        for command in training:
+            command.set_defaults(**PAPER)
+        args = parser.parse_args()
+        args.init = args.init.resolve()                                  # a checkpoint names its base
+    lone = [flag for flag in ("shard", "min_snr", "noise_offset") if getattr(args, flag, None)]
+    if lone and not public:
+        sys.exit(f"--{lone[0].replace('_', '-')}: looked for a folder of SDXL as --init, found {args.init}; leave it out")
+    args.public = public
+    return args
 
 
 def sampling_flags(parser):
@@ -441,31 +563,49 @@ def name_of(data):
 
 def fit(model, loss, data, args, stage, picture, measure=None):
     """diffusion.fit with the flags of common_flags; results go to --out or out/NAME/STAGE."""
+    if args.checkpointing:
+        for part in model.children():
+            getattr(part, "recompute", lambda: None)()
+    slow = dict(warmup=500, decay="constant", ema=0.9999) if args.public else {}
     diffusion.fit(model, loss, data, args.out or Path("out") / name_of(args.data) / stage, steps=args.steps,
                   batch=args.batch, lr=args.lr, seed=args.seed, device=args.device, accumulate=args.accumulate,
-                  compile=args.compile, workers=args.workers, save_every=args.save_every, picture=picture, measure=measure)
+                  compile=args.compile, shard=args.shard, workers=args.workers, save_every=args.save_every,
+                  picture=picture, measure=measure, **slow)
+
+
+def assembled(args, classes):
+    """A new Text2Mask: SDXL, its UNet to be fine-tuned, or the small one from the base of --init or from scratch."""
+    if args.public:
+        with torch.device(diffusion.start(args.device)[0]), told():
+            model = Text2Mask(base=args.init, size=args.size, classes=classes, edges=args.edges)
+            files = networks.weight_files(args.init / "unet")
+            networks.fill(model.unet, networks.read_tensors(files, torch.get_default_device()), args.init / "unet")
+        return model
+    config = dict(PRESETS["tiny"]["unet"], out_channels=len(classes) + 2)
+    model = Text2Mask(config, PRESETS["tiny"]["text"], dict(kind="cosine", prediction="sample", spacing="trailing"),
+                      args.size, classes, args.edges)
+    if args.init:
+        start_from(model, args.init)
+    return model
 
 
 def train(args):
     folder = dataset_folder(args.data, "train")
     classes = read_classes(folder)
-    config = dict(PRESETS["tiny"]["unet"], out_channels=len(classes) + 2)
     torch.manual_seed(seed_of(args.seed, "weights"))
-    model = Text2Mask(config, PRESETS["tiny"]["text"], dict(kind="cosine", prediction="sample", spacing="trailing"),
-                      args.size, classes, args.edges)
-    if args.init:
-        start_from(model, args.init)
+    model = assembled(args, classes)
     data = Pairs(folder, args.size, model.text.tokenize, images=False, edges=args.edges, limit=args.limit)
     K = len(classes)
 
     def picture(model, path):
-        captions = [read_captions(data.folder, name, classes)[0] for _, name in data.names[:24]]
+        captions = [read_captions(data.folder, name, classes)[0] for _, name in data.names[:8 if model.vae else 24]]
         codes = model.sample(captions, range(len(captions)))
         truth = [palette(K)[data[(i, 0)]["codes"].numpy()] for i in range(len(captions))]
         made = [palette(K)[c] for c in codes]
         rows = [row for i in range(0, len(made) // 8 * 8, 8) for row in (truth[i:i + 8], made[i:i + 8])] or [truth, made]
-        legend(grid(rows), codes, classes).save(path)
-    fit(model, lambda net, batch: model.loss(net, batch, args.drop), data, args, "text2mask", picture)
+        legend(grid(rows, 1 if model.vae else 2), codes, classes).save(path)
+    fit(model, lambda net, batch: model.loss(net, batch, args.drop, args.min_snr, args.noise_offset), data, args,
+        "text2mask", picture)
 
 
 def sample(args):
@@ -531,7 +671,7 @@ def main():
     parser = argparse.ArgumentParser(description="Text2Mask: captions -> segmentation masks.")
     commands = parser.add_subparsers(dest="command", required=True)
     defaults = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p = commands.add_parser("train", help="train on the masks and captions of a pair folder", **defaults)
+    p = training = commands.add_parser("train", help="train on the masks and captions of a pair folder", **defaults)
     common_flags(p, steps=4000, batch=16, lr=1e-3)
     p.add_argument("--edges", action="store_true", help="outline every segment, so that touching instances come apart")
     p = commands.add_parser("sample", help="paint the mask of one caption", **defaults)
@@ -545,7 +685,7 @@ def main():
     p.add_argument("--split", default="val", help="the split whose captions are used")
     p.add_argument("--limit", type=positive(int), default=300, help="captions")
     sampling_flags(p)
-    args = parser.parse_args()
+    args = parsed(parser, training)
     {"train": train, "sample": sample, "measure": measure}[args.command](args)
 
 

@@ -725,6 +725,7 @@ class VAE(nn.Module):
                  scaling_factor=0.13025):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.factor = 2 ** (len(block_out_channels) - 1)            # pixels a latent, each way
         shape = latent_channels, block_out_channels, layers_per_block, norm_num_groups
         self.encoder = VAEEncoder(in_channels, *shape)
         self.decoder = VAEDecoder(out_channels, *shape)
