@@ -2314,11 +2314,20 @@ def test_bf16_as_on_a_gpu(sdxl, photos, tmp_path, monkeypatch):
 
 
 def test_sharded_training_equals_copies_and_leaves_whole_files(sdxl, photos, tmp_path):
-    """Two ranks: fully_shard and DDP give the same state; a sharded run goes on from its files, and so does a DDP run."""
+    """Two ranks: DDP, and fully_shard stopped half-way and started again, end in the same state."""
+    (tmp_path / "stopped.py").write_text(
+        "import sys, diffusion, text2mask\n"
+        "save = diffusion.save_state\n"
+        "diffusion.save_state = lambda *args: (save(*args), sys.exit())\n"
+        "text2mask.main()\n")
     flags = dict(batch=1, lr=1e-3, steps=4, save_every=2)
-    for port, (out, more) in enumerate((("ddp", []), ("shard", ["--shard"])), 29541):
-        script("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, "text2mask.py", "train",
+    for port, (file, out, more) in enumerate((
+            ("text2mask.py", "ddp", ()), (tmp_path / "stopped.py", "shard", ("--shard",)),
+            ("text2mask.py", "shard", ("--shard",))), 29541):
+        script("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, file, "train",
                *paper(sdxl / "base", photos, tmp_path / out, **flags), *more, OMP_NUM_THREADS="1")
+        state = torch.load(tmp_path / out / "state.pt", weights_only=True)
+        assert state["step"] == (2 if file != "text2mask.py" else 4)
     states = [torch.load(tmp_path / out / "state.pt", weights_only=True) for out in ("ddp", "shard")]
     for key in ("model", "ema"):
         assert states[0][key].keys() == states[1][key].keys()
