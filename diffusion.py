@@ -9,8 +9,8 @@ Paper: SegGen samples masks with EDM's stochastic sampler in 200 steps and image
        (2207.12598), min-SNR weighting (2303.09556), v-prediction (2202.00512).
 Differs: the process keeps SDXL's 1000 discrete steps; samplers that need a sigma between two of them interpolate.
 Reads: any torch Dataset.
-Writes: OUT/{model.safetensors, state.pt, log.jsonl, samples.png} (fit), out/toy (the demo); of a model on a public
-       base, in place of model.safetensors, the trained network in the public layout.
+Writes: OUT/{model.safetensors, state.pt, log.jsonl, samples.png} (fit), out/toy (the demo); of a model on a
+       public base, in place of model.safetensors, the trained network in the public layout.
 Needs: nothing beside it.
     python diffusion.py            # learns a 2-D spiral in seconds, writes out/toy/samples.png
 Dimension key: B batch, C channels, H W pixels.
@@ -72,14 +72,14 @@ class Schedule:
         try:
             config = dict(json.loads(Path(path).read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{path}: looked for a JSON object, found {type(error).__name__}; download it again")
+            raise ValueError(f"{path}: looked for JSON, found {type(error).__name__}; download it again")
         only = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", trained_betas=None,
                     rescale_betas_zero_snr=False, use_karras_sigmas=False, use_exponential_sigmas=False,
                     use_beta_sigmas=False)
         wrong = [f"{key} = {config[key]!r}" for key, value in only.items() if config.get(key, value) != value]
         if "num_train_timesteps" not in config or wrong:
             found = ", ".join(wrong) or "no num_train_timesteps"
-            raise ValueError(f"{path}: looked for SDXL's noise levels, found {found}; download its scheduler/")
+            raise ValueError(f"{path}: looked for SDXL's noise levels, found {found}; download its own")
         return cls(prediction=config.get("prediction_type", "epsilon"), T=config["num_train_timesteps"],
                    spacing=config.get("timestep_spacing", "leading"), offset=config.get("steps_offset", 0))
 
@@ -200,7 +200,7 @@ def sample(x0, schedule, noise, steps, sampler="dpm++", randn=torch.randn_like, 
     """
     sigmas, _ = schedule.grid(steps, sampler)
     walk = {"euler": euler, "ddim": euler, "dpm++": dpm_multistep, "edm": edm_heun}[sampler]
-    # Noise alone, or noise and data of unit variance: as the public samplers start. Over 20 it is all the same.
+    # Noise alone, or noise and data of unit variance: as the public samplers start. Over 20 it is the same.
     unit = sampler in ("ddim", "dpm++") or sampler == "euler" and schedule.spacing == "leading"
     start = math.sqrt(1 + sigmas[0] ** 2) if unit and sigmas[0] < 20 else sigmas[0]
     pairs = list(zip(sigmas, sigmas[1:]))
@@ -281,8 +281,8 @@ class EMA:
 
 def spread(part):
     """Spreads a network's weights, gradients and optimiser state over all ranks (FSDP2): each entry of a
-    ModuleList is gathered when it is its turn. Inputs are not cast: sizes and crops (time_ids) would not survive
-    bf16, and autocast chooses the precision of each operation."""
+    ModuleList is gathered when it is its turn. Inputs are not cast: sizes and crops (time_ids) would not
+    survive bf16, and autocast chooses the precision of each operation."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     device = next(part.parameters()).device
     policy = MixedPrecisionPolicy(precision(device), torch.float32, cast_forward_inputs=False)
@@ -308,7 +308,7 @@ def whole(t):
 
 def like(t, p):
     """A whole tensor -> sharded as the parameter p is."""
-    if not isinstance(p, DTensor) or t.shape != p.shape:                 # an optimiser's step count is no shard
+    if not isinstance(p, DTensor) or t.shape != p.shape:                 # an optimiser's step count
         return t
     return distribute_tensor(t.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
@@ -335,7 +335,7 @@ class Batches(torch.utils.data.Sampler):
 
 
 def precision(device):
-    """What networks compute in: bf16 on CUDA, fp32 elsewhere. Frozen weights of paper scale are stored in it."""
+    """What networks compute in: bf16 on CUDA, fp32 elsewhere; at paper scale frozen weights are in it too."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
@@ -359,8 +359,8 @@ def start(device="auto"):
 
 
 def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", warmup=100, decay="cosine", clip=1.0,
-        accumulate=1, ema=0.999, compile=False, shard=False, workers=0, report_every=50, save_every=500, picture=None,
-        measure=None):
+        accumulate=1, ema=0.999, compile=False, shard=False, workers=0, report_every=50, save_every=500,
+        picture=None, measure=None):
     """Trains model for `steps` optimiser steps and leaves OUT/{model.safetensors, state.pt, log.jsonl, samples.png}.
 
     model     a module with `.config`; parameters that require no gradient stay as they are.
@@ -463,7 +463,8 @@ def save_state(out, average, optimiser, step, recipe, rank):
     state = optimiser.state_dict()
     state["state"] = {i: {key: whole(t) for key, t in values.items()} for i, values in state["state"].items()}
     content = dict(model={n: whole(p) for n, p in average.params.items()}, optimiser=state, step=step,
-                   ema={n: whole(t) for n, t in average.shadow.items()}, recipe=json.dumps(recipe, sort_keys=True))
+                   ema={n: whole(t) for n, t in average.shadow.items()},
+                   recipe=json.dumps(recipe, sort_keys=True))
     if rank == 0:
         with replacing(out / "state.pt") as path:
             torch.save(content, path)
@@ -530,7 +531,7 @@ def save(model, folder, rank=0):
     """Writes FOLDER/model.safetensors: the weights, and the constructor arguments as JSON in its metadata.
 
     A model that stands on a public base names in `stored` the one network that was trained: then only its
-    weights are written, with its config.json, under the public names, and `from_pretrained(FOLDER)` opens them."""
+    weights are written, with its config.json, under public names: `from_pretrained(FOLDER)` opens them."""
     part = getattr(model, "stored", None)
     state = {name: whole(t) for name, t in (part or model).state_dict().items()}
     if rank:
@@ -543,7 +544,7 @@ def save(model, folder, rank=0):
         with replacing(Path(folder) / "config.json") as path:
             path.write_text(json.dumps(part.public_config(), indent=1) + "\n")
     name = PUBLIC_FILE if part else OWN_FILE
-    write_tensors(state, dict(seggen=json.dumps(about)), folder, name)   # one key: several come in a random order
+    write_tensors(state, dict(seggen=json.dumps(about)), folder, name)   # two keys come in a random order
 
 
 def halve(source, folder):
@@ -565,13 +566,13 @@ def write_tensors(state, metadata, folder, name=OWN_FILE):
 
 
 def checkpoint(folder):
-    """A folder of ours -> its weights: all of a model's, or those of the one public network that was trained."""
+    """A folder of ours -> its weights: a whole model's, or of the one public network that was trained."""
     own, public = Path(folder) / OWN_FILE, Path(folder) / PUBLIC_FILE
     return public if public.exists() and not own.exists() else own
 
 
 def read(path, kind, device="cpu"):
-    """FOLDER or FILE of a checkpoint of ours of class `kind` -> (config, state dict). One line on anything else.
+    """FOLDER or FILE of a checkpoint of ours of class `kind` -> (config, state dict); else one line.
 
     Floats are fp32; those of a public network (paper scale) are as `precision` of the device says."""
     path = checkpoint(path) if Path(path).is_dir() else Path(path)
@@ -597,7 +598,7 @@ def placed(t, device, dtype):
 
 
 def load(cls, path, device="cpu"):
-    """A checkpoint of ours -> the module in eval mode, strict. A public base's own weights come from its folder."""
+    """A checkpoint of ours -> the module in eval mode, strict. Frozen weights come from their own folder."""
     config, state = read(path, cls.__name__, device)
     with torch.device(device):                                           # frozen weights go there at once
         model = cls(**config)

@@ -6,8 +6,8 @@ stays, the mask steers it. `base` trains the small base itself. With SDXL only t
 
 Paper: SegGen (2311.03355) section 3, Mask2Img: SDXL-base frozen + ControlNet (2302.05543), lr 1e-5, 30k steps.
 Differs: on small data the base is a pixel-space UNet of our own; --unfreeze trains the base along with the ControlNet;
-       without --init both start from scratch together. Caption and mask are dropped together for guidance; on SDXL the
-       caption alone, as in the public pipeline, which shows the mask to both halves.
+       without --init both start from scratch together. Caption and mask are dropped together for guidance; on
+       SDXL the caption alone, as in the public pipeline, which shows the mask to both halves.
 Reads: data/NAME/{train,val,unlabelled} pair folders; --init a base, or a folder of SDXL in the public layout.
 Writes: out/NAME/base, out/NAME/mask2img.
 Needs: unet.py, diffusion.py, text2mask.py (the mask codec and the data set).
@@ -28,8 +28,8 @@ from torch import nn
 import diffusion
 import unet as networks
 from diffusion import positive, replacing, seed_of
-from text2mask import (ROOT, Pairs, TextToImage, common_flags, dataset_folder, dropped, encode, fit, grid, palette,
-                       parsed, read_captions, read_classes, read_ids, to_pixels, told)
+from text2mask import (ROOT, Pairs, TextToImage, common_flags, dataset_folder, dropped, encode, fit, grid,
+                       palette, parsed, read_captions, read_classes, read_ids, to_pixels, told)
 from unet import PRESETS, ControlNet, UNet
 
 SCHEDULE = dict(kind="cosine", prediction="sample", spacing="trailing")
@@ -37,12 +37,12 @@ MIN_SNR = 5.0                  # weight of nearly clean inputs: plain x0 loss (1
 
 
 class Mask2Img(TextToImage):
-    """A base and a ControlNet. controlnet: the constructor arguments it has beside the UNet's; classes: [{"name"}].
+    """A base and a ControlNet. controlnet: its constructor arguments beside the UNet's; classes: [{"name"}].
 
-    On SDXL (base) the UNet is frozen and comes with its weights; the ControlNet has none until it is given them."""
+    On SDXL (base) the UNet is frozen and has its weights; the ControlNet has none until it is given them."""
 
-    def __init__(self, unet=None, text=None, schedule=None, size=None, controlnet=None, classes=(), edges=False,
-                 base=None):
+    def __init__(self, unet=None, text=None, schedule=None, size=None, controlnet=None, classes=(),
+                 edges=False, base=None):
         super().__init__(unet, text, schedule, size, base)
         self.config.update(controlnet=controlnet, classes=classes, edges=edges)
         device = torch.get_default_device()
@@ -64,7 +64,7 @@ class Mask2Img(TextToImage):
         return self.colours[codes].permute(0, 3, 1, 2)
 
     def forward(self, x, t, text, time_ids, cond):
-        """x (B, C, h, w) noised, t (B,), text as TextToImage, cond (B, 3, H, W) colour map in [0, 1] -> as x."""
+        """x (B, C, h, w) noised, t (B,), text as TextToImage, cond (B, 3, H, W) colours in [0, 1] -> as x."""
         context, pooled = self.text(text) if torch.is_tensor(text) else text
         if isinstance(context, tuple):                                   # keys and values of both networks
             base, control = context
@@ -77,18 +77,20 @@ class Mask2Img(TextToImage):
         return self.unet.project_text(context), self.controlnet.project_text(context)
 
     def loss(self, net, batch, drop, min_snr=MIN_SNR, noise_offset=0.0, shuffle=False):
-        """The diffusion loss; a share `drop` of the samples has neither mask nor caption, on SDXL no caption."""
+        """The diffusion loss; a share `drop` of samples has neither mask nor caption, on SDXL no caption."""
         keep = torch.rand(len(batch["codes"]), 1, device=batch["codes"].device) >= drop
         cond = self.colour_map(batch["codes"].roll(1, 0) if shuffle else batch["codes"])
         cond = cond if self.vae else cond * keep[:, :, None, None]
-        return diffusion.loss(net, self.schedule, self.latents(batch["image"]), dropped(batch["tokens"], keep),
-                              batch["time_ids"], cond, min_snr=min_snr, noise_offset=noise_offset)
+        x0, tokens = self.latents(batch["image"]), dropped(batch["tokens"], keep)
+        return diffusion.loss(net, self.schedule, x0, tokens, batch["time_ids"], cond, min_snr=min_snr,
+                              noise_offset=noise_offset)
 
     def sample(self, codes, captions, seeds, steps=15, guidance=1.5, sampler="dpm++"):
         """(B, H, W) uint8 codes, B captions and seeds -> (B, H, W, 3) uint8 images."""
         cond = self.colour_map(torch.from_numpy(np.asarray(codes)).long().to(self.colours.device))
         null = cond if self.vae else torch.zeros_like(cond)
-        return to_pixels(self.draw(captions, seeds, steps, guidance, sampler, codes.shape[1:], (cond,), (null,)))
+        x0 = self.draw(captions, seeds, steps, guidance, sampler, codes.shape[1:], (cond,), (null,))
+        return to_pixels(x0)
 
 
 # ------------------------------------------------------------------------------------------------------ CLI
@@ -131,14 +133,15 @@ def assembled(args, classes):
 
 
 def on_sdxl(args, classes):
-    """A new Mask2Img on frozen SDXL; the ControlNet is a copy of the UNet's encoder, or that of --controlnet."""
+    """A new Mask2Img on frozen SDXL; the ControlNet copies the UNet's encoder, or is that of --controlnet."""
     with torch.device(diffusion.start(args.device)[0]), told():
         device, own = torch.get_default_device(), {}
-        if args.controlnet:                                              # trained by others: it may be of another width
+        if args.controlnet:                                              # by others: its own widths
             given = networks.read_part(ControlNet, args.controlnet, device)
-            own = {key: given.config[key] for key in ("conditioning_channels", "conditioning_embedding_out_channels")}
+            own = ("conditioning_channels", "conditioning_embedding_out_channels")
+            own = {key: given.config[key] for key in own}
         model = Mask2Img(base=args.init, size=args.size, controlnet=own, classes=classes, edges=args.edges)
-        if not args.controlnet:                                          # from fp32 weights: the frozen may be bf16
+        if not args.controlnet:                                          # from fp32: the frozen may be bf16
             given = ControlNet.from_unet(networks.read_part(UNet, args.init / "unet", device))
         networks.fill(model.controlnet, given.state_dict(), args.controlnet or args.init / "unet")
     return model
@@ -175,8 +178,8 @@ def train(args):
                     gap.append(sign * len(items) * model.loss(model, batch, 0.0, shuffle=shuffle).item())
         return dict(condition_gap=round(sum(gap) / min(len(val), 64), 5))
     min_snr = args.min_snr if args.public else MIN_SNR
-    fit(model, lambda net, batch: model.loss(net, batch, args.drop, min_snr, args.noise_offset), data, args, "mask2img",
-        picture, measure)
+    fit(model, lambda net, batch: model.loss(net, batch, args.drop, min_snr, args.noise_offset), data, args,
+        "mask2img", picture, measure)
 
 
 def held_out(args, model):
@@ -210,9 +213,10 @@ def main():
     p = commands.add_parser("base", help="train the text-to-image base, without masks", **defaults)
     common_flags(p, steps=8000, batch=16, lr=1e-3)
     p.add_argument("--split", default="unlabelled", help="the folder of images and captions under --data")
-    p = training = commands.add_parser("train", help="train the ControlNet (on the frozen base of --init)", **defaults)
+    p = commands.add_parser("train", help="train the ControlNet on the frozen base of --init", **defaults)
+    training = p
     common_flags(p, steps=6000, batch=16, lr=1e-3)
-    p.add_argument("--controlnet", type=Path, help="with SDXL: a ControlNet in the public layout to start from")
+    p.add_argument("--controlnet", type=Path, help="SDXL: a ControlNet in the public layout to start from")
     p.add_argument("--edges", action="store_true", help="masks have every segment outlined")
     p.add_argument("--unfreeze", action="store_true", help="train the base as well")
     p = commands.add_parser("sample", help="paint images of one mask", **defaults)
@@ -227,8 +231,10 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto")
     args = parsed(parser, training)
-    if getattr(args, "controlnet", None) and not args.public or getattr(args, "unfreeze", False) and args.public:
-        sys.exit("--controlnet is for --init with a folder of SDXL, --unfreeze for the built-in base; leave it out")
+    wrong = "unfreeze" if args.public else "controlnet"
+    if getattr(args, wrong, None):
+        fits = "the built-in base" if args.public else "a folder of SDXL"
+        sys.exit(f"--{wrong}: looked for {fits} as --init, found {args.init}; leave it out")
     {"base": base, "train": train, "sample": sample}[args.command](args)
 
 

@@ -2,14 +2,14 @@
 
 A mask becomes an image by giving each class a colour, so a text-to-image model can be fine-tuned to draw masks. In
 pixel space the network says, for every pixel, how likely each colour of the palette is; x0 is the expected colour and
-the loss is cross-entropy, so a finished mask needs no decoding of blended borders. With SDXL the colour map is an image
-like any other: its latents are noised, and the picture that the VAE makes of a sample is read by nearest colour.
+the loss is cross-entropy, so a finished mask needs no decoding of blended borders. With SDXL the colour map
+is an image like any other: its latents are noised; a sample is decoded by the VAE and read by nearest colour.
 
 Paper: SegGen (2311.03355) section 3, Text2Mask: SDXL-base fine-tuned on (caption, colour map), lr 1e-5, 30k steps.
        The palette is measured in the authors' published pictures, where it explains every pixel.
 Differs: on small data the base is a small pixel-space UNet of our own with a logit per colour; masks are cleaned of
        specks (the paper's are not); edges between instances are one pixel wide (the paper does not say).
-Reads: data/NAME/{train,val} pair folders; --init a base of mask2img.py, or a folder of SDXL in the public layout.
+Reads: data/NAME/{train,val} pair folders; --init a base of mask2img.py or SDXL's public folder.
 Writes: out/NAME/text2mask.
 Needs: unet.py, diffusion.py.
     python text2mask.py sample --prompt "two red houses by the water at sunset"
@@ -38,7 +38,7 @@ from diffusion import Schedule, positive, replacing, seed_of
 from unet import PRESETS, VAE, SDXLText, TextEncoder, UNet
 
 ROOT = Path(__file__).resolve().parent
-PAPER = dict(steps=30000, lr=1e-5, size=(768, 768), batch=4, checkpointing=True, workers=4)   # batch, workers: [?]
+PAPER = dict(steps=30000, lr=1e-5, size=(768, 768), batch=4, checkpointing=True, workers=4)  # batch: [?]
 MAX_CLASSES = 214                                                        # b = 6 has 216 colours: void and edge are two
 
 
@@ -294,8 +294,8 @@ def told():
 
 @functools.cache
 def frozen(base, device):
-    """SDXL's text encoders and VAE: nothing trains them, so the models on a device share them. fp16 would overflow
-    in the VAE, and bf16 blur the colours of masks: it is fp32."""
+    """SDXL's text encoders and VAE: nothing trains them, so the models on a device share them. fp16 would
+    overflow in the VAE, and bf16 blur the colours of masks: it is fp32."""
     text = SDXLText.read(base, device, diffusion.precision(device))
     return text, networks.read_part(VAE, Path(base) / "vae", device).requires_grad_(False)
 
@@ -304,8 +304,8 @@ class TextToImage(nn.Module):
     """A UNet, its text encoder and its schedule: caption -> picture. The base of both generators.
 
     unet, text, schedule: constructor arguments of UNet, TextEncoder, Schedule;  size: (H, W) it was trained at.
-    base: in place of these a folder of SDXL in the public layout. Then what is painted are latents of its frozen VAE,
-    text encoders and VAE come with their weights, and the UNet has none (the meta device) until it is given them.
+    base: in place of these a folder of SDXL in the public layout. Then latents of its frozen VAE are painted;
+    text encoders and VAE have their weights, and the UNet has none (the meta device) until it is given them.
     """
 
     def __init__(self, unet=None, text=None, schedule=None, size=None, base=None):
@@ -322,17 +322,18 @@ class TextToImage(nn.Module):
             self.schedule = Schedule.from_public(Path(base) / "scheduler" / "scheduler_config.json")
             self.text, self.vae = frozen(str(base), str(torch.get_default_device()))
         if wrong := [side for side in size if side % self.vae.factor]:
-            sys.exit(f"--size: {wrong[0]} is no multiple of {self.vae.factor}, the VAE's factor; give one that is")
+            sys.exit(f"--size: looked for multiples of the VAE's factor {self.vae.factor}, found {wrong[0]}; "
+                     "give a size that is one")
 
     def forward(self, x, t, text, time_ids):
-        """x (B, C, H, W) noised, t (B,), text (B, L) tokens or the (context, pooled) of prepare -> as x; what it means
-        says the schedule."""
+        """x (B, C, H, W) noised, t (B,), text (B, L) tokens or the (context, pooled) of prepare -> what the
+        schedule's prediction says, as x."""
         context, pooled = self.text(text) if torch.is_tensor(text) else text
         return self.unet(x, t, context, pooled, time_ids)
 
     @torch.no_grad()
     def latents(self, x):
-        """Pictures (B, 3, H, W) in [-1, 1] -> what the UNet paints: themselves or a sample of their latents."""
+        """Pictures (B, 3, H, W) in [-1, 1] -> what the UNet paints: these or a sample of their latents."""
         if self.vae is None:
             return x
         with torch.autocast(x.device.type, enabled=False):               # SDXL's VAE in fp32
@@ -352,8 +353,8 @@ class TextToImage(nn.Module):
         return contextlib.nullcontext() if self.vae is None else diffusion.autocast(device)
 
     def encoded(self, captions, device):
-        """B captions -> context (B, L, D), pooled (B, P). SDXL's encoders read each caption alone and once, so that
-        it gives the same bits in any batch, and to both models."""
+        """B captions -> context (B, L, D), pooled (B, P). SDXL's encoders read each caption alone and once,
+        so that it gives the same bits in any batch, and to both models."""
         if self.vae is None:
             return self.text(self.text.tokenize(captions).to(device))
         memory = self.text.__dict__.setdefault("memory", {})
@@ -384,13 +385,13 @@ class TextToImage(nn.Module):
         def randn(x=None):
             return torch.stack([torch.randn(shape, generator=g) for g in streams]).to(device)
         with self.autocast():
-            x0 = diffusion.denoiser(self, self.schedule, (*self.prepare(captions, size, device), *cond),
-                                    (*self.prepare([""] * len(captions), size, device), *null), guidance, decode)
+            yes, no = (self.prepare(words, size, device) for words in (captions, [""] * len(captions)))
+            x0 = diffusion.denoiser(self, self.schedule, (*yes, *cond), (*no, *null), guidance, decode)
             return self.pictures(diffusion.sample(x0, self.schedule, randn(), steps, sampler, randn))
 
 
 def dropped(tokens, keep):
-    """Tokens (B, ...) with those of a caption zeroed where keep (B,) or (B, 1) is False: the null condition."""
+    """Tokens (B, ...), zero where keep (B,) or (B, 1) is False: the null condition."""
     return tokens * keep.view(-1, *[1] * (tokens.ndim - 1))
 
 
@@ -400,7 +401,7 @@ def to_pixels(x0):
 
 
 class Text2Mask(TextToImage):
-    """The same UNet with a logit per palette code and pixel; on SDXL the very same UNet, all of it fine-tuned.
+    """The same UNet with a logit per palette code and pixel; on SDXL its own UNet, all of it fine-tuned.
 
     classes: [{"name", "isthing"}]; edges: codes have edges."""
 
@@ -420,28 +421,29 @@ class Text2Mask(TextToImage):
         return torch.einsum("bkhw,kc->bchw", logits.softmax(1), self.colours)
 
     def loss(self, net, batch, drop, min_snr=None, noise_offset=0.0):
-        """A share `drop` of the captions is dropped. Pixels: cross-entropy of the codes at a random noise level.
-        SDXL: the diffusion loss of the colour map's latents."""
+        """A share `drop` of the captions is dropped. Pixels: cross-entropy of the codes at a random noise
+        level. SDXL: the diffusion loss of the colour map's latents."""
         codes = batch["codes"]                                           # (B, H, W)
         x0 = self.colours[codes].permute(0, 3, 1, 2)                     # (B, 3, H, W)
         if self.vae:
             tokens = dropped(batch["tokens"], torch.rand(len(codes), device=codes.device) >= drop)
-            return diffusion.loss(net, self.schedule, self.latents(x0), tokens, batch["time_ids"], min_snr=min_snr,
-                                  noise_offset=noise_offset)
+            return diffusion.loss(net, self.schedule, self.latents(x0), tokens, batch["time_ids"],
+                                  min_snr=min_snr, noise_offset=noise_offset)
         t = torch.randint(self.schedule.T, (len(codes),), device=codes.device)
         x = self.schedule.noised(x0, torch.randn_like(x0), t)
         tokens = dropped(batch["tokens"], torch.rand(len(codes), 1, device=codes.device) >= drop)
         return F.cross_entropy(net(x, t, tokens, batch["time_ids"]).float(), codes)
 
     def sample(self, captions, seeds, steps=25, guidance=1.3, sampler="dpm++", size=None, maps=False):
-        """B captions and seeds -> (B, H, W) uint8 codes: the likeliest colour of the last step, or of SDXL's picture
-        the nearest; with maps also the colour maps (B, H, W, 3) float in [0, 255] that they are read from."""
+        """B captions and seeds -> (B, H, W) uint8 codes: the likeliest colour of the last step, or of SDXL's
+        picture the nearest; with maps also the colour maps (B, H, W, 3) in [0, 255] they are read from."""
         last = []
 
         def decode_logits(logits):
             last[:] = [logits]
             return self.paint(logits)
-        x0 = self.draw(captions, seeds, steps, guidance, sampler, size, decode=None if self.vae else decode_logits)
+        read = None if self.vae else decode_logits
+        x0 = self.draw(captions, seeds, steps, guidance, sampler, size, decode=read)
         if self.vae:
             codes = np.stack([decode(colours, len(self.config["classes"])) for colours in to_pixels(x0)])
         else:
@@ -525,11 +527,11 @@ def common_flags(parser, steps, batch, lr):
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--compile", action="store_true", help="torch.compile (for CUDA)")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
-                        help="recompute in backward instead of keeping what forward made: less memory, a third slower")
+                        help="recompute in backward what forward made: less memory, a third slower")
     parser.add_argument("--shard", action="store_true", help="SDXL under torchrun: weights, gradients and "
                         "optimiser state spread over the ranks (FSDP2) instead of copied (DDP)")
-    parser.add_argument("--min-snr", type=positive(float), help="SDXL: cap of nearly clean inputs' weight; 5 is usual")
-    parser.add_argument("--noise-offset", type=float, default=0.0, help="random constant an image and channel (SDXL)")
+    parser.add_argument("--min-snr", type=positive(float), help="SDXL: caps clean inputs' weight; 5 is usual")
+    parser.add_argument("--noise-offset", type=float, default=0.0, help="SDXL: a random constant a channel")
 
 
 def parsed(parser, *training):
@@ -543,7 +545,8 @@ def parsed(parser, *training):
         args.init = args.init.resolve()                                  # a checkpoint names its base
     lone = [flag for flag in ("shard", "min_snr", "noise_offset") if getattr(args, flag, None)]
     if lone and not public:
-        sys.exit(f"--{lone[0].replace('_', '-')}: looked for a folder of SDXL as --init, found {args.init}; leave it out")
+        sys.exit(f"--{lone[0].replace('_', '-')}: looked for a folder of SDXL as --init, found {args.init}; "
+                 "leave it out")
     args.public = public
     return args
 
@@ -574,16 +577,17 @@ def fit(model, loss, data, args, stage, picture, measure=None):
 
 
 def assembled(args, classes):
-    """A new Text2Mask: SDXL, its UNet to be fine-tuned, or the small one from the base of --init or from scratch."""
+    """A new Text2Mask: SDXL to be fine-tuned, or the small one, from the base of --init or from scratch."""
     if args.public:
         with torch.device(diffusion.start(args.device)[0]), told():
             model = Text2Mask(base=args.init, size=args.size, classes=classes, edges=args.edges)
             files = networks.weight_files(args.init / "unet")
-            networks.fill(model.unet, networks.read_tensors(files, torch.get_default_device()), args.init / "unet")
+            state = networks.read_tensors(files, torch.get_default_device())
+            networks.fill(model.unet, state, args.init / "unet")
         return model
     config = dict(PRESETS["tiny"]["unet"], out_channels=len(classes) + 2)
-    model = Text2Mask(config, PRESETS["tiny"]["text"], dict(kind="cosine", prediction="sample", spacing="trailing"),
-                      args.size, classes, args.edges)
+    schedule = dict(kind="cosine", prediction="sample", spacing="trailing")
+    model = Text2Mask(config, PRESETS["tiny"]["text"], schedule, args.size, classes, args.edges)
     if args.init:
         start_from(model, args.init)
     return model
@@ -598,14 +602,15 @@ def train(args):
     K = len(classes)
 
     def picture(model, path):
-        captions = [read_captions(data.folder, name, classes)[0] for _, name in data.names[:8 if model.vae else 24]]
+        names = data.names[:8 if model.vae else 24]
+        captions = [read_captions(data.folder, name, classes)[0] for _, name in names]
         codes = model.sample(captions, range(len(captions)))
         truth = [palette(K)[data[(i, 0)]["codes"].numpy()] for i in range(len(captions))]
         made = [palette(K)[c] for c in codes]
         rows = [row for i in range(0, len(made) // 8 * 8, 8) for row in (truth[i:i + 8], made[i:i + 8])] or [truth, made]
         legend(grid(rows, 1 if model.vae else 2), codes, classes).save(path)
-    fit(model, lambda net, batch: model.loss(net, batch, args.drop, args.min_snr, args.noise_offset), data, args,
-        "text2mask", picture)
+    options = args.drop, args.min_snr, args.noise_offset
+    fit(model, lambda net, batch: model.loss(net, batch, *options), data, args, "text2mask", picture)
 
 
 def sample(args):
@@ -671,7 +676,8 @@ def main():
     parser = argparse.ArgumentParser(description="Text2Mask: captions -> segmentation masks.")
     commands = parser.add_subparsers(dest="command", required=True)
     defaults = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p = training = commands.add_parser("train", help="train on the masks and captions of a pair folder", **defaults)
+    p = commands.add_parser("train", help="train on the masks and captions of a pair folder", **defaults)
+    training = p
     common_flags(p, steps=4000, batch=16, lr=1e-3)
     p.add_argument("--edges", action="store_true", help="outline every segment, so that touching instances come apart")
     p = commands.add_parser("sample", help="paint the mask of one caption", **defaults)

@@ -1,16 +1,16 @@
 """unet.py and diffusion.py beside diffusers' SDXL: the same random weights and inputs, turn by turn.
 
-Measured: the UNet's forward pass, its training step (forward, backward, AdamW), and guided sampling of a batch from
-caption to picture. The two take turns within one process, so that other load of the machine falls on both; the
-table gives medians, and the share of the matrix product's peak that was measured between the turns. Memory is
-measured in processes of their own: on the CPU the highest resident size above that of a process with everything
-imported and nothing built, on CUDA the allocator's peak. Both sides decode with the VAE in fp32.
+Measured: the UNet's forward pass, its training step (forward, backward, AdamW), and guided sampling of a
+batch from caption to picture. The two take turns within one process, so that other load of the machine falls
+on both; the table gives medians, and the share of a matrix product's peak, measured between turns. Memory
+is measured in processes of their own: on the CPU the highest resident size above that of a process with
+everything imported and nothing built, on CUDA the allocator's peak. Both sides decode with the VAE in fp32.
 
 Needs:  unet.py, diffusion.py, text2mask.py; packages: diffusers, transformers
 Writes: nothing, unless --json FILE
 
     python bench/vs_diffusers.py --width toy --size 64
-    python bench/vs_diffusers.py --width sdxl --size 768 --batch 4        # 14 GB of weights in a temporary folder
+    python bench/vs_diffusers.py --width sdxl --size 768 --batch 4   # 14 GB in a temporary folder
 """
 import argparse
 import json
@@ -30,9 +30,9 @@ import text2mask  # noqa: E402
 import unet as networks  # noqa: E402
 
 WIDTHS = {          # UNet widths, transformer depths, heads, VAE widths, text widths
-    "toy": ((32, 64, 96), (0, 1, 2), (2, 4, 6), (8, 16, 16, 16), (32, 48)),
-    "medium": ((128, 256, 512), (0, 2, 4), (2, 4, 8), (32, 64, 128, 128), (256, 512)),
-    "sdxl": ((320, 640, 1280), (0, 2, 10), (5, 10, 20), (128, 256, 512, 512), (768, 1280)),
+    "toy": ((32, 64, 96), (1, 1, 2), (2, 4, 6), (8, 16, 16, 16), (32, 48)),
+    "medium": ((128, 256, 512), (1, 2, 4), (2, 4, 8), (32, 64, 128, 128), (256, 512)),
+    "sdxl": ((320, 640, 1280), (1, 2, 10), (5, 10, 20), (128, 256, 512, 512), (768, 1280)),
 }
 WHAT = ("forward", "step", "sample")
 CAPTION = "a room with artwork on the walls"
@@ -43,7 +43,7 @@ def write_words(folder):
     folder.mkdir(parents=True)
     single = list(networks.byte_characters().values())
     vocab = [*single, *(c + "</w>" for c in single), networks.START, networks.END]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(vocab)}), encoding="utf-8")
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(vocab)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
 
 
@@ -57,22 +57,23 @@ def make_weights(folder, width):
     words = transformers.CLIPTokenizer.from_pretrained(str(folder / "words"), model_max_length=77)
     layers = (12, 32) if width == "sdxl" else (2, 2)
     clip = [cls(transformers.CLIPTextConfig(
-        vocab_size=len(words), hidden_size=size, intermediate_size=4 * size, num_hidden_layers=n, projection_dim=size,
-        num_attention_heads=size // (64 if width == "sdxl" else 8), hidden_act=act, eos_token_id=2))
+        vocab_size=len(words), hidden_size=size, intermediate_size=4 * size, num_hidden_layers=n,
+        num_attention_heads=size // (64 if width == "sdxl" else 8), projection_dim=size, hidden_act=act,
+        eos_token_id=2))
         for cls, size, n, act in ((transformers.CLIPTextModel, text[0], layers[0], "quick_gelu"),
                                   (transformers.CLIPTextModelWithProjection, text[1], layers[1], "gelu"))]
     net = diffusers.UNet2DConditionModel(
         in_channels=4, out_channels=4, block_out_channels=unet, layers_per_block=2, attention_head_dim=heads,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=32,
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=sum(text),
-        transformer_layers_per_block=[max(d, 1) for d in depths], use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=unet[0] // 2 * 2,
-        projection_class_embeddings_input_dim=text[1] + 6 * (unet[0] // 2 * 2))
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
+        cross_attention_dim=sum(text), transformer_layers_per_block=depths, addition_embed_type="text_time",
+        addition_time_embed_dim=256, projection_class_embeddings_input_dim=text[1] + 6 * 256)
     vae = diffusers.AutoencoderKL(
-        block_out_channels=vae, layers_per_block=2, norm_num_groups=8 if width == "toy" else 32, scaling_factor=0.13025,
+        block_out_channels=vae, layers_per_block=2, norm_num_groups=min(vae[0], 32), scaling_factor=0.13025,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-    noise = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                             timestep_spacing="leading", steps_offset=1)
+    noise = diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
+        steps_offset=1)
     diffusers.StableDiffusionXLPipeline(vae, *clip, words, words, net, noise,
                                         add_watermarker=False).save_pretrained(folder / "base")
 
@@ -90,7 +91,7 @@ class Ours:
         return self.unet(x, t, context, pooled, time_ids)
 
     def sample(self, batch):
-        self.model.text.__dict__.pop("memory", None)                                # each call encodes its text
+        self.model.text.__dict__.pop("memory", None)         # each call encodes its text
         return self.model.draw([CAPTION] * batch, range(batch), self.steps, 5.0, "euler")
 
 
@@ -126,13 +127,13 @@ class Runner:
         self.side.unet.requires_grad_(what == "step")
         if what == "step":
             self.optimiser = torch.optim.AdamW(self.side.unet.parameters(), 1e-6, fused=True)
-        c, g = self.side.unet.config, torch.Generator().manual_seed(0)
-        width, latent = c["projection_class_embeddings_input_dim"] - 6 * c["addition_time_embed_dim"], args.size // 8
+        c, g, b, latent = self.side.unet.config, torch.Generator().manual_seed(0), args.batch, args.size // 8
+        width = c["projection_class_embeddings_input_dim"] - 6 * c["addition_time_embed_dim"]
         kind = torch.float32 if what == "step" else diffusion.precision(args.device)
-        shapes = (args.batch, 4, latent, latent), (args.batch, 77, c["cross_attention_dim"]), (args.batch, width)
+        shapes = (b, 4, latent, latent), (b, 77, c["cross_attention_dim"]), (b, width)
         x, context, pooled = (torch.randn(shape, generator=g).to(self.device, kind) for shape in shapes)
-        t = torch.full((args.batch,), 500, device=self.device)
-        self.data, self.batch = (x, t, context, pooled, torch.full((args.batch, 6), args.size, device=self.device)), args.batch
+        t, ids = torch.full((b,), 500, device=self.device), torch.full((b, 6), args.size, device=self.device)
+        self.data, self.batch = (x, t, context, pooled, ids), b
 
     def call(self):
         if self.what == "sample":
@@ -193,7 +194,7 @@ def peak(side, base, what, args):
 
 
 def duel(base, what, args):
-    """Both sides in turns -> a row: median seconds of each, how far apart they are, share of the GEMM peak."""
+    """Both sides in turns -> a row: median seconds, how far apart the outputs are, share of the GEMM peak."""
     runners = {side: Runner(side, base, what, args) for side in ("ours", "theirs")}
     times, peaks, outs = {side: [] for side in runners}, [], {}
     for turn in range(args.rounds + 1):                      # the first turn warms up
@@ -217,15 +218,18 @@ def measure(args, base):
     for what in args.what if args.memory else ():
         own = [str(part) for key in ("width", "size", "batch", "steps", "device")
                for part in (f"--{key}", getattr(args, key))]
-        found = [subprocess.run([sys.executable, __file__, *own, "--peak", side, str(base), what], check=True,
-                                capture_output=True, text=True).stdout.split()[-1] for side in ("ours", "theirs")]
-        yield dict(what=f"{what}, MB", ours=float(found[0]), theirs=float(found[1]))
+        found = {}
+        for side in ("ours", "theirs"):
+            child = [sys.executable, __file__, *own, "--peak", side, str(base), what]
+            said = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout
+            found[side] = float(said.split()[-1])
+        yield dict(what=f"{what}, MB", **found)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--width", choices=WIDTHS, default="toy", help="of the networks; sdxl is the full size")
+    parser.add_argument("--width", choices=WIDTHS, default="toy", help="of the networks")
     parser.add_argument("--size", type=int, default=64, help="side of the square pictures")
     parser.add_argument("--batch", type=int, default=2, help="pictures at a time")
     parser.add_argument("--steps", type=int, default=25, help="of the sampler")
@@ -243,7 +247,7 @@ def main():
         rows = []
         for row in measure(args, folder):
             rows.append(row)
-            rest = "  ".join(f"{key} {value:.3g}" for key, value in row.items() if key not in ("what", "ours", "theirs"))
+            rest = "  ".join(f"{key} {value:.3g}" for key, value in list(row.items())[3:])
             print(f"{row['what']:12} ours {row['ours']:9.3f}  diffusers {row['theirs']:9.3f}  "
                   f"ratio {row['theirs'] / row['ours']:.2f}  {rest}", flush=True)
     if args.json:
