@@ -21,6 +21,7 @@ Needs:   nothing beside it.
 B batch, H W pixels, h w mask pixels, Q queries, K classes, D width, N tokens or true segments, M heads, L
 outputs, P points
 """
+import itertools
 import json
 import math
 import os
@@ -44,6 +45,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)         # ImageNet
 TASKS = ("semantic", "panoptic", "instance")
+LONGEST = 2048                                                   # side of the largest picture drawn
 
 # embed_dim, depths, heads, window: B and L are the 384 px models, windows of 12
 SWINS = {"swin_t": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7), "swin_s": (96, (2, 2, 18, 2), (3, 6, 12, 24), 7),
@@ -149,6 +151,8 @@ class Swin(nn.Module):
         self.channels = tuple(width * 2 ** i for i in range(4))
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
         if weights:
+            if window != 7:
+                raise ValueError(f"torchvision has no {name} with windows of {window}")
             saved = torchvision.models.get_model_weights(name)[weights].get_state_dict(progress=True)
             self.features.load_state_dict({k[9:]: v for k, v in saved.items() if k.startswith("features.")
                                            and not k.endswith("relative_position_index")})
@@ -160,6 +164,11 @@ class Swin(nn.Module):
             if i % 2:
                 maps.append(self.norms[i // 2](x).permute(0, 3, 1, 2))
         return maps
+
+
+def full(x):
+    """At least fp32: what must not be rounded under autocast."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ---- pixel decoder: deformable attention over three scales, then one finer map for the masks ---------------
@@ -204,16 +213,17 @@ class DeformableAttention(nn.Module):
         D)."""
         B, N, _ = x.shape
         q = x + code
-        shape = (B, N, self.heads, self.levels, self.points)
-        offsets = self.offsets(q).float().view(*shape, 2)
-        weights = self.weights(q).float().view(*shape[:3], -1).softmax(-1).view(shape)
-        values, out = self.value(x).float().split([h * w for h, w in sizes], 1), 0
-        for i, (h, w) in enumerate(sizes):
-            grid = 2 * places[:, None, None] - 1 + offsets[:, :, :, i] * (2 / offsets.new_tensor([w, h]))
-            value = rearrange(values[i], "b (h w) (m d) -> (b m) d h w", h=h, m=self.heads)
-            seen = F.grid_sample(value, rearrange(grid, "b n m p c -> (b m) n p c"), align_corners=False)
-            weight = rearrange(weights[:, :, :, i], "b n m p -> (b m) 1 n p")
-            out = out + (seen * weight).sum(3)                               # (B M, d, N)
+        offsets = rearrange(full(self.offsets(q)), "b n (m s p c) -> s (b m) p n c", m=self.heads,
+                            s=self.levels, c=2)
+        weights = full(self.weights(q)).view(B, N, self.heads, -1).softmax(-1)
+        weights = rearrange(weights, "b n m (s p) -> s (b m) 1 p n", s=self.levels)
+        values, out = full(self.value(x)).split([h * w for h, w in sizes], 1), 0
+        for value, offset, weight, (h, w) in zip(values, offsets, weights, sizes):
+            value = rearrange(value, "b (h w) (m d) -> (b m) d h w", h=h, m=self.heads)
+            grid = 2 * places - 1 + offset * (2 / offset.new_tensor([w, h]))                 # (B M, P, N, 2)
+            seen = F.grid_sample(value, grid, align_corners=False)                           # (B M, d, P, N)
+            for one, share in zip(seen.unbind(2), weight.unbind(2)):         # small terms stay in the cache
+                out = out + one * share                                                      # (B M, d, N)
         return self.out(rearrange(out, "(b m) d n -> b n (m d)", b=B).to(x.dtype))
 
 
@@ -385,7 +395,7 @@ class Mask2Former(nn.Module):
         self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
 
     def forward(self, images):
-        x = (images - self.mean) / self.std
+        x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         maps = self.backbone(x)                    # strides 4, 8, 16, 32
         features, maps = self.pixel_decoder(maps)  # (B, D, h, w), three maps, coarse first
         return self.decoder(features, maps)
@@ -501,9 +511,9 @@ class SetLoss(nn.Module):
 
     def forward(self, outputs, targets, num_masks=None):
         with torch.autocast(outputs[0]["class_logits"].device.type, enabled=False):
-            logits = torch.stack([out["class_logits"] for out in outputs]).float()          # (L, B, Q, K + 1)
-            embed = torch.stack([out["mask_embed"] for out in outputs]).float()              # (L, B, Q, D)
-            features = outputs[-1]["features"].float()                                       # (B, D, h, w)
+            logits = full(torch.stack([out["class_logits"] for out in outputs]))            # (L, B, Q, K + 1)
+            embed = full(torch.stack([out["mask_embed"] for out in outputs]))                # (L, B, Q, D)
+            features = full(outputs[-1]["features"])                                         # (B, D, h, w)
             truth = [t["masks"].to(features) for t in targets]
             labels = [t["labels"].to(features.device) for t in targets]
             valid = [t["valid"].to(features)[None] if "valid" in t else None for t in targets]
@@ -534,12 +544,16 @@ class SetLoss(nn.Module):
     def costs(self, logits, embed, features, labels, truth, valid):
         """One image: (L, Q, N) costs of taking query q for target n, masks compared at P random points."""
         points = draw(1, self.points, features.device)
-        x = embed @ sample(features[None], points)[0]                                        # (L, Q, P)
+        at = sample(features[None], points)[0]                                               # (D, P)
         t = sample(truth[None], points)[0].T                                                 # (P, N)
         weight = torch.ones_like(t[:, 0]) if valid is None else sample(valid[None], points)[0, 0]
-        t, p = t * weight[:, None], x.sigmoid() * weight
-        mask = ((F.softplus(x) @ weight)[..., None] - x @ t) / self.points  # CE = softplus(x) - x t
-        dice = 1 - (2 * p @ t + 1) / (p.sum(-1)[..., None] + t.sum(0) + 1)
+        t, mask, dice = t * weight[:, None], [], []
+        for part in embed.split(max(1, 2 ** 21 // (embed.shape[1] * self.points))):  # fits the cache
+            x = part @ at                                                                    # (., Q, P)
+            mask.append(((F.softplus(x) @ weight)[..., None] - x @ t) / self.points)  # CE = softplus(x) - x t
+            p = x.sigmoid_().mul_(weight)
+            dice.append(1 - (2 * p @ t + 1) / (p.sum(-1)[..., None] + t.sum(0) + 1))
+        mask, dice = torch.cat(mask), torch.cat(dice)                                        # (L, Q, N)
         score = logits.softmax(-1)[..., labels]
         return self.weights["mask"] * mask + self.weights["dice"] * dice - self.weights["class"] * score
 
@@ -549,7 +563,7 @@ class SetLoss(nn.Module):
         layer, column = (query >= 0).nonzero(as_tuple=True)
         image = torch.cat([torch.full_like(label, b) for b, label in enumerate(labels)])
         wanted[layer, image[column], query[layer, column]] = torch.cat(labels)[column]
-        weight = torch.ones(self.num_classes + 1, device=logits.device)
+        weight = logits.new_ones(self.num_classes + 1)
         weight[-1] = self.no_object
         error = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none")
         return (error.view(L, -1).sum(1) / weight[wanted].view(L, -1).sum(1)).sum()          # a mean a layer
@@ -570,7 +584,7 @@ class SetLoss(nn.Module):
             places = rearrange(points, "(n l) p c -> n (l p) c", l=L)  # all layers read a target at once
             read = partial(rearrange, pattern="n 1 (l p) -> (n l) p", l=L)
             t = read(sample(torch.cat(truth)[:, None], places))                              # (N L, P)
-            weight = (query.T >= 0).float().reshape(-1, 1).expand_as(t)
+            weight = (query.T >= 0).to(t).reshape(-1, 1).expand_as(t)
             if any(v is not None for v in valid):
                 valid = torch.stack([torch.ones_like(truth[0][:1]) if v is None else v for v in valid])
                 weight = weight * read(sample(valid[image], places))
@@ -610,7 +624,7 @@ def strips(masks, size, extent=(1.0, 1.0)):
         at = ((torch.arange(out, device=masks.device) + 0.5) * (part * n / out) - 0.5).clamp(0, n - 1)
         low = at.long()
         return low, (low + 1).clamp(max=n - 1), at - low             # two source pixels, weight of the second
-    masks, (H, W) = masks.float(), size
+    masks, (H, W) = full(masks), size
     (y0, y1, dy), (x0, x1, dx) = (taps(*args) for args in zip(size, masks.shape[1:], extent))
     rows = max(1, 2 ** 24 // (W * max(1, len(masks))))
     for top in range(0, H, rows):
@@ -619,16 +633,18 @@ def strips(masks, size, extent=(1.0, 1.0)):
         yield top, torch.lerp(band[:, :, x0], band[:, :, x1], dx)                            # (Q, rows, W)
 
 
+def class_scores(pred, size, extent=(1.0, 1.0)):
+    """Yields (top, (K, rows, W)): class scores at `size` (H, W), 0 to Q, not normalised, in bands as `strips`
+    does."""
+    classes = full(pred["class_logits"]).softmax(-1)[:, :-1]                 # (Q, K)
+    for top, masks in strips(pred["mask_logits"], size, extent):
+        yield top, torch.einsum("qk,qhw->khw", classes, masks.sigmoid_())
+
+
 @torch.no_grad()
-def semantic(pred, size, extent=(1.0, 1.0), scores=False):
-    """-> (H, W) long class index 0..K-1, or with scores=True (K, H, W) class scores (0 to Q, not
-    normalised)."""
-    classes = pred["class_logits"].float().softmax(-1)[:, :-1]               # (Q, K)
-    out = []
-    for _, masks in strips(pred["mask_logits"], size, extent):
-        score = torch.einsum("qk,qhw->khw", classes, masks.sigmoid_())
-        out.append(score if scores else score.argmax(0))
-    return torch.cat(out, 1 if scores else 0)
+def semantic(pred, size, extent=(1.0, 1.0)):
+    """-> (H, W) long class index 0..K-1."""
+    return torch.cat([score.argmax(0) for _, score in class_scores(pred, size, extent)])
 
 
 @torch.no_grad()
@@ -637,7 +653,7 @@ def panoptic(pred, size, isthing, extent=(1.0, 1.0), object_threshold=0.8, overl
 
     Queries surer than object_threshold compete for each pixel with score x mask; a segment that keeps less
     than overlap_threshold of its own mask is dropped; stuff of one class is one segment."""
-    scores, classes = pred["class_logits"].float().softmax(-1).max(-1)       # (Q,)
+    scores, classes = full(pred["class_logits"]).softmax(-1).max(-1)         # (Q,)
     keep = (classes < pred["class_logits"].shape[-1] - 1) & (scores > object_threshold)
     scores, classes, masks = scores[keep], classes[keep], pred["mask_logits"][keep]
     winner = torch.zeros(size, dtype=torch.long, device=masks.device)        # the query a pixel goes to, + 1
@@ -671,62 +687,74 @@ def instance(pred, size, isthing=None, extent=(1.0, 1.0), top=100, score_thresho
     """-> list of {"mask": (H, W) bool, "class" 0..K-1, "score"}, best first: the `top` (query, class) pairs,
     those of things only where isthing is given; score = class probability x mean mask probability inside the
     mask."""
-    classes = pred["class_logits"].float().softmax(-1)[:, :-1]               # (Q, K)
+    classes = full(pred["class_logits"]).softmax(-1)[:, :-1]                 # (Q, K)
     scores, index = classes.flatten().topk(min(top, classes.numel()))
     query, k = index // classes.shape[1], index % classes.shape[1]
     if isthing is not None:
         keep = torch.tensor([bool(t) for t in isthing], device=k.device)[k]
         scores, query, k = scores[keep], query[keep], k[keep]
     which, row = query.unique(return_inverse=True)                    # one upsampled mask a query, not a pair
-    found, total = [], torch.zeros(len(which), device=k.device)
-    for _, band in strips(pred["mask_logits"][which], size, extent):
-        found.append(band > 0)
-        total += (band.sigmoid_() * found[-1]).sum((1, 2))
-    found = torch.cat(found, 1)                                              # (Q', H, W)
+    found = torch.empty(len(which), *size, dtype=torch.bool, device=k.device)
+    total = torch.zeros(len(which), device=k.device)
+    for start, band in strips(pred["mask_logits"][which], size, extent):
+        part = found[:, start:start + band.shape[1]].copy_(band > 0)
+        total += band.sigmoid_().mul_(part).sum((1, 2))
     scores = scores * (total / (found.sum((1, 2)) + 1e-6))[row]
     order = scores.argsort(descending=True)
     return [{"mask": found[row[i]], "class": int(k[i]), "score": float(scores[i])}
             for i in order.tolist() if scores[i] >= score_threshold and scores[i] > 0]
 
 
-def forward_padded(model, image):
-    """image (3, H, W) in 0..1 -> its final prediction and the extent it fills: sides padded up to the largest
-    stride."""
-    H, W = image.shape[1:]
+def final_predictions(model, images):
+    """images (B, 3, H, W) in 0..1 -> a final prediction each, and the extent of its masks that the image
+    fills: sides are padded up to the largest stride."""
+    H, W = images.shape[2:]
     down, across = -H % model.backbone.stride, -W % model.backbone.stride
-    mean = model.mean.to(image)
-    image = F.pad(image - mean, (0, across, 0, down)) + mean              # the mean colour: 0 for the network
-    pred = model(image[None])[-1]
-    pred = {name: pred[name][0] for name in ("class_logits", "mask_logits")}
-    return pred, (H / (H + down), W / (W + across))
+    mean = model.mean.to(images)
+    out = model(F.pad(images - mean, (0, across, 0, down)) + mean)[-1]   # the mean colour: 0 for the network
+    preds = [{name: out[name][i] for name in ("class_logits", "mask_logits")} for i in range(len(images))]
+    return preds, (H / (H + down), W / (W + across))
 
 
-def resized(image, height, width):
-    return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0].clamp(0, 1)
-
-
-def window_scores(model, image, window, size):
-    """Class scores (K, *size) from windows of `window` pixels that overlap by a third, averaged."""
-    _, H, W = image.shape
-    h, w = min(window, H), min(window, W)
+def scores_of(model, image, window, size):
+    """Yields (top, (K, rows, W)): class scores at `size` of one image (3, h, w), looked at as a whole, or in
+    windows of `window` pixels that overlap by a third and are averaged."""
+    if not window:
+        (pred,), extent = final_predictions(model, image[None])
+        yield from class_scores(pred, size, extent)
+        return
+    sides = [min(window, n) for n in image.shape[1:]]
     tops, lefts = (sorted({*range(0, n - side, max(1, side * 2 // 3)), n - side})
-                   for n, side in ((H, h), (W, w)))
-    total, times = 0, image.new_zeros(H, W)
-    for top in tops:
-        for left in lefts:
-            pred, extent = forward_padded(model, image[:, top:top + h, left:left + w])
-            score = semantic(pred, (h, w), extent, scores=True)
-            if not torch.is_tensor(total):
-                total = image.new_zeros(len(score), H, W)
-            total[:, top:top + h, left:left + w] += score
-            times[top:top + h, left:left + w] += 1
-    return resized_scores(total / times, size)
+                   for n, side in zip(image.shape[1:], sides))
+    total = image.new_zeros(model.config["num_classes"], *image.shape[1:])
+    times = torch.zeros_like(total[0])
+    for top, left in itertools.product(tops, lefts):
+        here = slice(top, top + sides[0]), slice(left, left + sides[1])
+        (pred,), extent = final_predictions(model, image[None, :, here[0], here[1]])
+        for start, score in class_scores(pred, sides, extent):
+            total[:, top + start:top + start + score.shape[1], here[1]] += score
+        times[here] += 1
+    total /= times
+    yield 0, total if total.shape[1:] == size else F.interpolate(total[None], size, mode="bilinear")[0]
 
 
-def resized_scores(scores, size):
-    if scores.shape[1:] == tuple(size):
-        return scores
-    return F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
+def averaged(model, image, short, window, scales, flip):
+    """(H, W) long: the class with the highest score over resized and mirrored copies (the paper's m.s.)."""
+    size, total = image.shape[1:], image.new_zeros(model.config["num_classes"], *image.shape[1:])
+    for scale, mirror in itertools.product(scales, (False, True)[:1 + flip]):
+        copy = resized(image, short, scale)
+        for top, score in scores_of(model, copy.flip(2) if mirror else copy, window, size):
+            total[:, top:top + score.shape[1]] += score.flip(2) if mirror else score
+    return total.argmax(0)
+
+
+def resized(image, short, scale=1.0):
+    """image (3, H, W) with its shorter side at short x scale (None: as it is)."""
+    ratio = scale * (short / min(image.shape[1:]) if short else 1.0)
+    size = [max(1, round(n * ratio)) for n in image.shape[1:]]
+    if size == list(image.shape[1:]):
+        return image
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 
 @torch.no_grad()
@@ -737,34 +765,19 @@ def predict(model, image, task=None, short=None, window=None, scales=(1.0,), fli
     COCO, 640 ADE20K), None = as it is. Semantic only: window slides a square of that many pixels; scales and
     flip average the class scores of resized and mirrored copies (the paper's m.s.)."""
     model.eval()
-    task, device = task or model.config["task"], model.mean.device
+    task = task or model.config["task"]
     if not torch.is_tensor(image):
         image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255
-    image = image.to(device).float()
-    _, H, W = image.shape
-    isthing = model.config["isthing"] or [True] * model.config["num_classes"]
-    ratio = short / min(H, W) if short else 1.0
-    if task != "semantic" and (window or flip or tuple(scales) != (1.0,)):
-        raise ValueError(f"window, scales and flip average class scores: for semantic, not for {task}")
-    copies = [(scale, mirror) for scale in scales for mirror in ((False, True) if flip else (False,))]
-    total = 0
-    for scale, mirror in copies:
-        height, width = (max(1, round(n * ratio * scale)) for n in (H, W))
-        copy = image if (height, width) == (H, W) else resized(image, height, width)
-        copy = copy.flip(2) if mirror else copy
-        if window:
-            score = window_scores(model, copy, window, (H, W))
-        else:
-            pred, extent = forward_padded(model, copy)
-            if task == "panoptic":
-                return panoptic(pred, (H, W), isthing, extent, **thresholds)
-            if task == "instance":
-                return instance(pred, (H, W), isthing, extent, **thresholds)
-            if len(copies) == 1:
-                return semantic(pred, (H, W), extent)                        # streams: no (K, H, W) in memory
-            score = semantic(pred, (H, W), extent, scores=True)
-        total = total + (score.flip(2) if mirror else score)
-    return total.argmax(0)
+    image = image.to(model.mean)
+    if window or flip or tuple(scales) != (1.0,):
+        if task != "semantic":
+            raise ValueError(f"window, scales and flip average class scores: for semantic, not for {task}")
+        return averaged(model, image, short, window, scales, flip)
+    (pred,), extent = final_predictions(model, resized(image, short)[None])
+    size, isthing = image.shape[1:], model.config["isthing"] or [True] * model.config["num_classes"]
+    if task == "semantic":
+        return semantic(pred, size, extent)
+    return {"panoptic": panoptic, "instance": instance}[task](pred, size, isthing, extent, **thresholds)
 
 
 # ---- weights -----------------------------------------------------------------------------------------------
@@ -862,9 +875,10 @@ def public_config(file, tensors):
     names = [names.get(str(k), f"class {k + 1}").strip() for k in range(K)]
     isthing = {150: [k not in ADE_STUFF for k in range(150)], 133: [k < 80 for k in range(133)],
                19: [k >= 11 for k in range(19)]}.get(K, [True] * K)
-    title = f"{public.get('_name_or_path')} {os.path.basename(os.path.dirname(place))}"
+    title = f"{os.path.dirname(place)}/{public.get('_name_or_path')}"    # the task named last in it counts
     by_size = {133: "panoptic", 80: "instance", 8: "instance", 100: "instance"}
-    task = next((task for task in TASKS if task in title), by_size.get(K, "semantic"))
+    task = max(TASKS, key=title.rfind)
+    task = task if task in title else by_size.get(K, "semantic")
     about = {ours: public[theirs] for ours, theirs in PUBLIC.items() if theirs in public}
     return dict(num_classes=K, backbone=backbone, decoder_layers=public.get("decoder_layers", 10) - 1,
                 isthing=isthing, class_names=names, task=task, **about)
@@ -1020,6 +1034,9 @@ def draw_all(model, files, folder, short=None):
                 image = image.convert("RGB")
         except Exception as error:
             sys.exit(f"{file}: cannot be read as an image ({error})")
+        if max(image.size) > LONGEST:                    # a camera's 24 megapixels would take over 10 GB
+            print(f"{file}: {image.width} x {image.height}, looked at with its longer side at {LONGEST}")
+            image.thumbnail((LONGEST, LONGEST))
         found = regions(model, predict(model, image, task, short, **limits), task)
         os.makedirs(folder, exist_ok=True)
         out = os.path.join(folder, os.path.splitext(os.path.basename(file))[0] + ".png")

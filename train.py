@@ -23,6 +23,7 @@ import contextlib
 import copy
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -45,7 +46,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from mask2former import PRESETS, Mask2Former, count, instance, load, panoptic, save, semantic, targets
+from mask2former import (PRESETS, Mask2Former, count, final_predictions, instance, load, panoptic, save,
+                         semantic, targets)
 
 HERE = Path(__file__).resolve().parent
 CROWD = 255                                         # the instance number of a crowd region
@@ -175,13 +177,18 @@ def ids_of(path, image, image_path):
     return np.array(mask)
 
 
+def first_difference(a, b):
+    """Two lists of class names -> (class id, name in a, name in b) of the first that differs, or None."""
+    pairs = enumerate(itertools.zip_longest(a, b, fillvalue="none"), 1)
+    return next(((k, *pair) for k, pair in pairs if pair[0] != pair[1]), None)
+
+
 def same_classes(found, wanted, root, origin):
-    a, b = [c["name"] for c in found], [c["name"] for c in wanted]
-    if a != b:
-        where = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-        raise BadInput(f"{root}: its classes are not those of {origin}: {len(a)} against {len(b)}, first "
-                       f"difference at id {where + 1} ({(a + ['none'] * 300)[where]} against "
-                       f"{(b + ['none'] * 300)[where]})")
+    different = first_difference([c["name"] for c in found], [c["name"] for c in wanted])
+    if different:
+        where, a, b = different
+        raise BadInput(f"{root}: its classes are not those of {origin}: {len(found)} against {len(wanted)}, "
+                       f"first difference at id {where} ({a} against {b})")
 
 
 # -------------------------------------------------------------------------------------- augmentation, batches
@@ -267,7 +274,7 @@ def optimiser_of(model, lr):
             if p.requires_grad:
                 groups.setdefault((decay, scale), []).append(p)
     return torch.optim.AdamW([dict(params=params, weight_decay=decay, scale=scale)
-                              for (decay, scale), params in groups.items()], lr=lr)
+                              for (decay, scale), params in groups.items()], lr=lr, fused=True)
 
 
 def rate(kind, step, steps, warmup):
@@ -548,19 +555,14 @@ def chunks(pairs, indices, batch):
         yield tuple(map(torch.stack, zip(*held)))
 
 
-def final_predictions(model, images, cfg, device):
+def predictions(model, images, cfg, device):
     """images (B, 3, H, W) uint8 -> a prediction each, and the extent of the (padded) masks an image fills."""
     H, W = images.shape[2:]
     x = images.to(device).float() / 255
     if cfg["short"]:
         scale = min(cfg["short"] / min(H, W), cfg["longest"] / max(H, W) if cfg["longest"] else math.inf)
         x = v2.functional.resize(x, [max(1, round(H * scale)), max(1, round(W * scale))], antialias=True)
-    h, w = x.shape[2:]
-    down, across = -h % model.backbone.stride, -w % model.backbone.stride
-    x = torch.nn.functional.pad(x - model.mean, (0, across, 0, down)) + model.mean   # the network sees zeros
-    out = model(x)[-1]
-    preds = [{name: out[name][i] for name in ("class_logits", "mask_logits")} for i in range(len(x))]
-    return preds, (h / (h + down), w / (w + across))
+    return final_predictions(model, x)
 
 
 def as_maps(found, size):
@@ -600,11 +602,34 @@ def measure(meters, pred, extent, ids, instances, isthing):
                       [s["score"] for s in found], (ids, instances))
 
 
+def keep(folder, name, pred, size, extent, cfg, classes):
+    """Writes one image's prediction to the pair folder `folder`, for data/coco/export.py: masks/NAME.png,
+    instances/NAME.png and, where there are scored instances, results/NAME.json in COCO's results format."""
+    isthing = [c["isthing"] for c in classes]
+    for kind, ids in zip(("masks", "instances"), predicted(pred, size, extent, cfg, isthing)):
+        image = Image.fromarray(ids.astype(np.uint8))
+        image.putpalette(palette(len(classes)).tobytes())
+        if kind == "masks" or cfg["task"] != "semantic":
+            write(folder / kind / f"{name}.png", lambda part: image.save(part, "PNG"))
+    if cfg["task"] != "semantic":
+        sources = [c.get("source_id", k) for k, c in enumerate(classes, 1)]
+        results = [dict(image_id=int(name) if name.isdigit() else name, category_id=sources[s["class"]],
+                        score=s["score"], segmentation=coded(s))
+                   for s in instance(pred, size, isthing, extent)]
+        write(folder / "results" / f"{name}.json", lambda part: part.write_text(json.dumps(results)))
+
+
+def coded(segment):
+    code = coco_mask.encode(np.asfortranarray(segment["mask"].cpu().numpy(), np.uint8))
+    return {"size": code["size"], "counts": code["counts"].decode()}
+
+
 @torch.no_grad()
-def evaluate(model, pairs, cfg, device, rank=0, world=1, batch=16):
+def evaluate(model, pairs, cfg, device, rank=0, world=1, batch=16, folder=None):
     """A pair folder's metrics in percent. semantic: mIoU; panoptic: PQ, AP, mIoU; instance: AP.
 
     Streams: memory does not grow with the set (AP keeps a few bytes a detection). Ranks share the images.
+    folder: a pair folder to write the predictions to.
     """
     isthing = [c["isthing"] for c in pairs.classes]
     meters = {"PQ": PanopticQuality, "AP": AveragePrecision, "mIoU": Confusion}
@@ -612,10 +637,15 @@ def evaluate(model, pairs, cfg, device, rank=0, world=1, batch=16):
     meters = {name: meters[name](pairs.classes) for name in wanted if name != "AP" or any(isthing)}
     indices, batch = range(rank, len(pairs), world), 1 if cfg["short"] else batch
     bar = tqdm(total=len(indices), desc=f"evaluate {pairs.root.name}", disable=rank > 0, leave=False)
+    names = (pairs.files[i][1].stem for i in indices)
+    if folder and rank == 0:
+        write(folder / "classes.json", lambda part: part.write_text(json.dumps(pairs.classes)))
     for images, labels in chunks(pairs, indices, batch):
-        preds, extent = final_predictions(model.eval(), images, cfg, device)
-        for pred, (ids, instances) in zip(preds, labels.numpy()):
+        preds, extent = predictions(model.eval(), images, cfg, device)
+        for pred, (ids, instances), name in zip(preds, labels.numpy(), names):
             measure(meters, pred, extent, ids, instances, isthing)
+            if folder:
+                keep(folder, name, pred, ids.shape, extent, cfg, pairs.classes)
         bar.update(len(images))
     if world > 1:
         parts = [None] * world
@@ -675,7 +705,7 @@ def previews(model, pairs, cfg, device, n=4):
     isthing, maps = [c["isthing"] for c in pairs.classes], []
     for i in chosen(pairs, n):
         image = pairs[i][0]
-        (pred,), extent = final_predictions(model, image[None], cfg, device)
+        (pred,), extent = predictions(model, image[None], cfg, device)
         maps.append(painted(*predicted(pred, image.shape[1:], extent, cfg, isthing), len(pairs.classes)))
     return maps
 
@@ -693,6 +723,12 @@ def truths(pairs, cfg, n=4):
 
 # ----------------------------------------------------------------------------------------- one run, many runs
 
+def plain(name):
+    """A class name without what releases of one data set differ in: "Traffic-Light, stoplight" -> "traffic
+    light"."""
+    return " ".join(name.split(",")[0].split(";")[0].casefold().replace("-", " ").replace("_", " ").split())
+
+
 def build(cfg, classes, init, new_head=False):
     """A new segmenter for these classes, or that of `init`, whose classes must be these unless new_head."""
     names, isthing = [c["name"] for c in classes], [c["isthing"] for c in classes]
@@ -706,15 +742,17 @@ def build(cfg, classes, init, new_head=False):
             raise BadInput(f"--preset {cfg['preset']}: torchvision's ImageNet weights could not be had "
                            f"({error}); give a segmenter's weights by --init, or --preset tiny")
     old = load(init, cfg["task"])
-    had = old.config["class_names"]
-    same = had == names if had else old.config["num_classes"] == len(names)
-    if not same and not new_head:
-        raise BadInput(f"{init}: was trained for {old.config['num_classes']} classes "
-                       f"({', '.join(had or ['unnamed'])[:60]}), the data has {len(names)} "
-                       f"({', '.join(names)[:60]}); --new-head starts a new classifier on it")
+    had = old.config["class_names"] or (names if old.config["num_classes"] == len(names) else [])
+    different = first_difference([plain(name) for name in had], [plain(name) for name in names])
+    if different and not new_head:
+        k, a, b = different
+        raise BadInput(f"{init}: was trained for {old.config['num_classes']} classes, the data has "
+                       f"{len(names)}; the first that differs is id {k}, {a} there and {b} here; --new-head "
+                       f"starts a new classifier on it")
     model = Mask2Former(**{**old.config, **about, "num_classes": len(names)})
-    state = {k: v for k, v in old.state_dict().items() if same or not k.startswith("decoder.classes.")}
-    model.load_state_dict(state, strict=same)
+    state = {k: v for k, v in old.state_dict().items()
+             if not different or not k.startswith("decoder.classes.")}
+    model.load_state_dict(state, strict=not different)
     return model
 
 
@@ -925,6 +963,7 @@ def flags():
     add("--workers", type=int, default=0, help="processes that load data")
     add("--splits", nargs="+", help="splits to evaluate on (default: val, and unseen and test where there)")
     add("--eval-only", action="store_true", help="evaluate --init, or what --out holds, or the demo weights")
+    add("--predictions", type=Path, metavar="DIR", help="of --eval-only: predictions, as pair folders")
     add("--eval-pairs", nargs="+", default=[], metavar="DIR", help="also evaluate on these pair folders, as "
                                                                    "a share of val")
     add("--compare", action="store_true", help="real only / each of --synth / all / oracle, over --seeds")
@@ -999,9 +1038,13 @@ def go(args):
     pairs = [Pairs(path, real) for path in synth]
     check_task(args, [real, *evals.values(), *pairs])
     cfg = settings(args, real, pairs, world)
+    if args.predictions and not args.eval_only:
+        raise BadInput("--predictions: looked for --eval-only beside it, found none; train first, give both")
     if args.eval_only:
         model = build(cfg, real.classes, weights_of(args, out)).to(device)
-        scores = {key: evaluate(model, part, cfg, device, rank, world) for key, part in evals.items()}
+        scores = {key: evaluate(model, part, cfg, device, rank, world,
+                                folder=args.predictions and args.predictions / part.root.name)
+                  for key, part in evals.items()}
     else:
         if rank == 0:
             parts = [f"{len(p)} pairs of {p.root}" for p in (real, *pairs)]

@@ -5,6 +5,8 @@ instance. Stuff is one segment a class; instance 255 is a crowd. What prepare.py
 
 Differs: results.json, for pycocotools' loadRes, gives each thing the score 1: a pair folder holds no scores.
          An image whose name is no number has its name as id; a thing without an instance is one segment.
+         Predictions come from `python train.py --eval-only --predictions FOLDER`, which keeps their scores
+         in FOLDER/*/results/*.json.
 Reads:   FOLDER/{classes.json,masks} and, if there, FOLDER/{images,instances}
 Writes:  OUT/{panoptic.json,panoptic/*.png,instances.json,results.json}, OUT = FOLDER/coco by default
 Needs:   no sibling file
