@@ -39,6 +39,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
 from torchvision.ops import FrozenBatchNorm2d
@@ -221,10 +222,18 @@ class DeformableAttention(nn.Module):
         for value, offset, weight, (h, w) in zip(values, offsets, weights, sizes):
             value = rearrange(value, "b (h w) (m d) -> (b m) d h w", h=h, m=self.heads)
             grid = 2 * places - 1 + offset * (2 / offset.new_tensor([w, h]))                 # (B M, P, N, 2)
-            seen = F.grid_sample(value, grid, align_corners=False)                           # (B M, d, P, N)
-            for one, share in zip(seen.unbind(2), weight.unbind(2)):         # small terms stay in the cache
-                out = out + one * share                                                      # (B M, d, N)
+            read = self.read
+            if torch.is_grad_enabled() and value.shape[1] * weight.numel() > 2 ** 22:    # big: not kept, read
+                read = partial(checkpoint, read, use_reentrant=False, preserve_rng_state=False)  # twice
+            out = out + read(value, grid, weight)
         return self.out(rearrange(out, "(b m) d n -> b n (m d)", b=B).to(x.dtype))
+
+    @staticmethod
+    def read(value, grid, weight):
+        """One scale (B M, d, h, w) at places (B M, P, N, 2), summed over P by weight (B M, 1, P, N): (B M, d,
+        N)."""
+        seen = F.grid_sample(value, grid, align_corners=False)                               # (B M, d, P, N)
+        return sum(one * share for one, share in zip(seen.unbind(2), weight.unbind(2)))      # in the cache
 
 
 class EncoderLayer(nn.Module):
@@ -552,7 +561,7 @@ class SetLoss(nn.Module):
             x = part @ at                                                                    # (., Q, P)
             mask.append(((F.softplus(x) @ weight)[..., None] - x @ t) / self.points)  # CE = softplus(x) - x t
             p = x.sigmoid_().mul_(weight)
-            dice.append(1 - (2 * p @ t + 1) / (p.sum(-1)[..., None] + t.sum(0) + 1))
+            dice.append(1 - (2 * (p @ t) + 1) / (p.sum(-1)[..., None] + t.sum(0) + 1))
         mask, dice = torch.cat(mask), torch.cat(dice)                                        # (L, Q, N)
         score = logits.softmax(-1)[..., labels]
         return self.weights["mask"] * mask + self.weights["dice"] * dice - self.weights["class"] * score
@@ -580,7 +589,8 @@ class SetLoss(nn.Module):
         x = torch.cat([torch.einsum("lnd,dhw->nlhw", e, f) for e, f in zip(embeds, features)])
         x = x.flatten(0, 1)[:, None]                                                         # (N L, 1, h, w)
         with torch.no_grad():
-            points = self.uncertain_points(x)                                                # (N L, P, 2)
+            rows = max(1, 2 ** 21 // int(self.points * self.oversample))
+            points = torch.cat([self.uncertain_points(part) for part in x.split(rows)])      # (N L, P, 2)
             places = rearrange(points, "(n l) p c -> n (l p) c", l=L)  # all layers read a target at once
             read = partial(rearrange, pattern="n 1 (l p) -> (n l) p", l=L)
             t = read(sample(torch.cat(truth)[:, None], places))                              # (N L, P)
@@ -599,7 +609,7 @@ class SetLoss(nn.Module):
         anywhere."""
         R, drawn, kept = len(x), int(self.points * self.oversample), int(self.points * self.importance)
         points = draw(R, drawn, x.device)
-        best = sample(x, points)[:, 0].abs().topk(kept, dim=1, largest=False).indices        # (R, kept)
+        best = sample(x, points)[:, 0].abs().topk(kept, 1, largest=False, sorted=False).indices
         points = points.gather(1, best[..., None].expand(-1, -1, 2))
         return torch.cat([points, draw(R, self.points - kept, x.device)], 1)
 

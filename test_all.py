@@ -1511,6 +1511,19 @@ def test_deformable_attention_equals_slow_loop():
     assert torch.allclose(fast, layer.out(slow.flatten(1)), atol=1e-4)
 
 
+def test_big_maps_are_read_again_in_the_backward_pass(monkeypatch):
+    torch.manual_seed(0)
+    layer, sizes, calls, grads = m2f.DeformableAttention(32, 1), [(10, 10), (40, 40), (180, 180)], [], []
+    x, places = torch.randn(1, sum(h * w for h, w in sizes), 32), torch.rand(sum(h * w for h, w in sizes), 2)
+    again = m2f.checkpoint
+    for function in (lambda *a, **k: calls.append(1) or again(*a, **k), lambda read, *a, **k: read(*a)):
+        monkeypatch.setattr(m2f, "checkpoint", function)
+        layer(x, x.flip(1), places, sizes).pow(2).sum().backward()
+        grads.append([p.grad.clone() for p in layer.parameters()])
+        layer.zero_grad()
+    assert len(calls) == 3 and all(torch.equal(a, b) for a, b in zip(*grads))
+
+
 def test_strips_equal_interpolate():
     masks = torch.randn(3, 17, 13)
     for size in ((68, 52), (40, 31), (1, 7), (300, 5)):

@@ -75,7 +75,7 @@ class Runner:
 
     def __init__(self, side, folder, device):
         self.model, self.loss, self.call = {"ours": ours, "theirs": theirs}[side](folder, device)
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), 1e-6)
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), 1e-6, fused=True)
         self.device = device
 
     def run(self, what, x, truth):
