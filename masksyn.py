@@ -5,7 +5,7 @@ segmenter learns is not capped by another segmenter.
 
 Paper: SegGen (2311.03355) section 3, MaskSyn. ADE20K: 10 new pairs a training image; masks in 200 steps of EDM's
        sampler, images in 40 steps [N].
-Differs: DPM-Solver++(2M) in 25 and 15 steps; masks are cleaned of specks; instances are connected regions.
+Differs: DPM-Solver++(2M) in 15 steps each; masks are cleaned of specks; instances are connected regions.
 Reads: captions/ of --data's train split; trained Text2Mask and Mask2Img.
 Writes: OUT pair folder (classes.json, images, masks, instances, captions), meta.json, samples.png.
 Needs: unet.py, diffusion.py, text2mask.py, mask2img.py.
@@ -138,8 +138,8 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     mask2img_flags(parser, 64, ("--per-caption",))
     parser.add_argument("--text2mask", type=Path, help="trained Text2Mask (default: the demo's, or out/NAME/text2mask)")
-    parser.add_argument("--mask-steps", type=positive(int), default=25, help="sampling steps of a mask")
-    parser.add_argument("--mask-guidance", type=float, default=1.3, help="guidance of masks; 1 = none")
+    parser.add_argument("--mask-steps", type=positive(int), default=15, help="sampling steps of a mask")
+    parser.add_argument("--mask-guidance", type=float, default=2.0, help="guidance of masks; 1 = none")
     parser.add_argument("--min-region", type=positive(int), default=8, help="smaller regions go to their surroundings")
     args = parser.parse_args()
     folder = dataset_folder(args.data, "train")

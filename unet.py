@@ -33,14 +33,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 PRESETS = {
-    "tiny": {       # 64 x 64 pixels: 16 x 16 patches at width 48, then 8 x 8 at width 96 with the caption
-        "unet": dict(in_channels=3, out_channels=3, block_out_channels=(48, 96), layers_per_block=1,
+    "tiny": {       # 64 x 64 pixels: 16 x 16 patches at width 64, then 8 x 8 at width 80 with the caption
+        "unet": dict(in_channels=3, out_channels=3, block_out_channels=(64, 80), layers_per_block=1,
                      down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
                      transformer_layers_per_block=(0, 1), attention_head_dim=(2, 4), cross_attention_dim=96,
                      addition_time_embed_dim=16, projection_class_embeddings_input_dim=96 + 6 * 16,
                      norm_num_groups=16, patch_size=4, head_channels=16),
         "controlnet": dict(conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 64)),
-        "text": dict(width=96, layers=2, heads=4, length=48),
+        "text": dict(width=96, layers=2, heads=4, length=48, rows=512),
     },
     "sdxl": {       # the arguments' defaults are SDXL's
         "unet": {}, "controlnet": {}, "vae": {}, "text_encoder": {},
