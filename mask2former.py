@@ -705,11 +705,12 @@ def instance(pred, size, isthing=None, extent=(1.0, 1.0), top=100, score_thresho
         scores, query, k = scores[keep], query[keep], k[keep]
     which, row = query.unique(return_inverse=True)                    # one upsampled mask a query, not a pair
     found = torch.empty(len(which), *size, dtype=torch.bool, device=k.device)
-    total = torch.zeros(len(which), device=k.device)
+    total, area = torch.zeros(2, len(which), device=k.device)
     for start, band in strips(pred["mask_logits"][which], size, extent):
         part = found[:, start:start + band.shape[1]].copy_(band > 0)
+        area += part.sum((1, 2))                      # by band: the sum of a bool tensor is made of its longs
         total += band.sigmoid_().mul_(part).sum((1, 2))
-    scores = scores * (total / (found.sum((1, 2)) + 1e-6))[row]
+    scores = scores * (total / (area + 1e-6))[row]
     order = scores.argsort(descending=True)
     return [{"mask": found[row[i]], "class": int(k[i]), "score": float(scores[i])}
             for i in order.tolist() if scores[i] >= score_threshold and scores[i] > 0]
