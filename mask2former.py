@@ -404,7 +404,7 @@ class Mask2Former(nn.Module):
         self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
 
     def forward(self, images):
-        x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        x = (images - self.mean) / self.std
         maps = self.backbone(x)                    # strides 4, 8, 16, 32
         features, maps = self.pixel_decoder(maps)  # (B, D, h, w), three maps, coarse first
         return self.decoder(features, maps)
