@@ -5,7 +5,7 @@ segmenter learns is not capped by another segmenter.
 
 Paper: SegGen (2311.03355) section 3, MaskSyn. ADE20K: 10 new pairs a training image; masks in 200 steps of EDM's
        sampler, images in 40 steps [N].
-Differs: DPM-Solver++(2M) in 15 steps each; masks are cleaned of specks; instances are connected regions.
+Differs: EDM in 12 steps (masks), DPM-Solver++(2M) in 15 (images); masks are cleaned of specks; instances are connected regions.
 Reads: captions/ of --data's train split; trained Text2Mask and Mask2Img.
 Writes: OUT pair folder (classes.json, images, masks, instances, captions), meta.json, samples.png.
 Needs: unet.py, diffusion.py, text2mask.py, mask2img.py.
@@ -138,7 +138,8 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     mask2img_flags(parser, 64, ("--per-caption",))
     parser.add_argument("--text2mask", type=Path, help="trained Text2Mask (default: the demo's, or out/NAME/text2mask)")
-    parser.add_argument("--mask-steps", type=positive(int), default=15, help="sampling steps of a mask")
+    parser.add_argument("--mask-steps", type=positive(int), default=12, help="sampling steps of a mask")
+    parser.add_argument("--mask-sampler", choices=("dpm++", "ddim", "euler", "edm"), default="edm")
     parser.add_argument("--mask-guidance", type=float, default=2.0, help="guidance of masks; 1 = none")
     parser.add_argument("--min-region", type=positive(int), default=8, help="smaller regions go to their surroundings")
     args = parser.parse_args()
@@ -156,7 +157,7 @@ def main():
         lines = [read_captions(folder, source, classes) for source, _ in jobs]
         captions = [choices[k % len(choices)] for (_, k), choices in zip(jobs, lines)]
         codes = painter.sample(captions, [seed_of(args.seed, *job, "mask") for job in jobs], args.mask_steps,
-                               args.mask_guidance, args.sampler)
+                               args.mask_guidance, args.mask_sampler)
         masks = [segments(c, isthing, args.min_region) for c in codes]   # [(ids, instances)]
         drawn = [outlined(*m, len(classes)) if printer.config["edges"] else m[0] for m in masks]
         images = printer.sample(np.stack(drawn), captions, [seed_of(args.seed, *job, "image") for job in jobs],

@@ -434,7 +434,7 @@ class Text2Mask(TextToImage):
         tokens = dropped(batch["tokens"], torch.rand(len(codes), 1, device=codes.device) >= drop)
         return F.cross_entropy(net(x, t, tokens, batch["time_ids"]).float(), codes)
 
-    def sample(self, captions, seeds, steps=15, guidance=2.0, sampler="dpm++", size=None, maps=False):
+    def sample(self, captions, seeds, steps=12, guidance=2.0, sampler="edm", size=None, maps=False):
         """B captions and seeds -> (B, H, W) uint8 codes: the likeliest colour of the last step, or of SDXL's
         picture the nearest; with maps also the colour maps (B, H, W, 3) in [0, 255] they are read from."""
         last = []
@@ -549,9 +549,9 @@ def parsed(parser, *training):
 
 def sampling_flags(parser):
     parser.add_argument("--init", type=Path, default=ROOT / "weights" / "shapes" / "text2mask", help="trained Text2Mask")
-    parser.add_argument("--steps", type=positive(int), default=15, help="sampling steps")
+    parser.add_argument("--steps", type=positive(int), default=12, help="sampling steps")
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance; 1 = none")
-    parser.add_argument("--sampler", choices=("dpm++", "ddim", "euler", "edm"), default="dpm++")
+    parser.add_argument("--sampler", choices=("dpm++", "ddim", "euler", "edm"), default="edm")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
 
