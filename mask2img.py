@@ -5,7 +5,8 @@ that reads the colour map and speaks to the frozen base through convolutions tha
 stays, the mask steers it. `base` trains the small base itself. With SDXL only the ControlNet is stored.
 
 Paper: SegGen (2311.03355) section 3, Mask2Img: SDXL-base frozen + ControlNet (2302.05543), lr 1e-5, 30k steps.
-Differs: on small data the base is a pixel-space UNet of our own; --unfreeze trains the base along with the ControlNet;
+Differs: on small data the base is a pixel-space UNet of our own whose ControlNet sees a channel per code instead of
+       three colours; --unfreeze trains the base along with the ControlNet;
        without --init both start from scratch together. Caption and mask are dropped together for guidance; on
        SDXL the caption alone, as in the public pipeline, which shows the mask to both halves.
 Reads: data/NAME/{train,val,unlabelled} pair folders; --init a base, or a folder of SDXL in the public layout.
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import diffusion
@@ -59,12 +61,15 @@ class Mask2Img(TextToImage):
         """What a checkpoint holds where the rest is in the base's folder."""
         return self.controlnet if self.vae else None
 
-    def colour_map(self, codes):
-        """(B, H, W) long codes -> (B, 3, H, W) in [0, 1]."""
+    def condition(self, codes):
+        """(B, H, W) long codes -> what the ControlNet sees: the colour map (B, 3, H, W) in [0, 1]; of the
+        small model one channel a code (B, K + 2, H, W), which spares it learning to tell colours apart."""
+        if self.vae is None:
+            return F.one_hot(codes, len(self.colours)).permute(0, 3, 1, 2).float()
         return self.colours[codes].permute(0, 3, 1, 2)
 
     def forward(self, x, t, text, time_ids, cond):
-        """x (B, C, h, w) noised, t (B,), text as TextToImage, cond (B, 3, H, W) colours in [0, 1] -> as x."""
+        """x (B, C, h, w) noised, t (B,), text as TextToImage, cond of `condition` -> as x."""
         context, pooled = self.text(text) if torch.is_tensor(text) else text
         if isinstance(context, tuple):                                   # keys and values of both networks
             base, control = context
@@ -79,7 +84,7 @@ class Mask2Img(TextToImage):
     def loss(self, net, batch, drop, min_snr=MIN_SNR, noise_offset=0.0, shuffle=False):
         """The diffusion loss; a share `drop` of samples has neither mask nor caption, on SDXL no caption."""
         keep = torch.rand(len(batch["codes"]), 1, device=batch["codes"].device) >= drop
-        cond = self.colour_map(batch["codes"].roll(1, 0) if shuffle else batch["codes"])
+        cond = self.condition(batch["codes"].roll(1, 0) if shuffle else batch["codes"])
         cond = cond if self.vae else cond * keep[:, :, None, None]
         x0, tokens = self.latents(batch["image"]), dropped(batch["tokens"], keep)
         return diffusion.loss(net, self.schedule, x0, tokens, batch["time_ids"], cond, min_snr=min_snr,
@@ -87,7 +92,7 @@ class Mask2Img(TextToImage):
 
     def sample(self, codes, captions, seeds, steps=15, guidance=1.5, sampler="dpm++"):
         """(B, H, W) uint8 codes, B captions and seeds -> (B, H, W, 3) uint8 images."""
-        cond = self.colour_map(torch.from_numpy(np.asarray(codes)).long().to(self.colours.device))
+        cond = self.condition(torch.from_numpy(np.asarray(codes)).long().to(self.colours.device))
         null = cond if self.vae else torch.zeros_like(cond)
         x0 = self.draw(captions, seeds, steps, guidance, sampler, codes.shape[1:], (cond,), (null,))
         return to_pixels(x0)
@@ -120,13 +125,13 @@ def assembled(args, classes):
     if args.public:
         return on_sdxl(args, classes)
     config = dict(unet=PRESETS["tiny"]["unet"], text=PRESETS["tiny"]["text"], schedule=SCHEDULE)
+    control = dict(PRESETS["tiny"]["controlnet"], conditioning_channels=len(classes) + 2)
     if args.init:
         config, state = diffusion.read(args.init, "TextToImage")
-    model = Mask2Img(**{**config, "size": args.size}, controlnet=PRESETS["tiny"]["controlnet"], classes=classes,
-                     edges=args.edges)
+    model = Mask2Img(**{**config, "size": args.size}, controlnet=control, classes=classes, edges=args.edges)
     if args.init:
         nn.Module.load_state_dict(model, {**model.state_dict(), **state})
-        model.controlnet = ControlNet.from_unet(model.unet, **PRESETS["tiny"]["controlnet"])
+        model.controlnet = ControlNet.from_unet(model.unet, **control)
         for part in (model.unet, model.text):
             part.requires_grad_(args.unfreeze)
     return model

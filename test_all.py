@@ -2222,7 +2222,7 @@ def test_controlnet_adds_nothing_until_trained_and_something_after():
     assert all(torch.equal(v, own[k]) for k, v in unet.state_dict().items() if k in own)
     assert torch.equal(unet(*data, control(*data, cond)), unet(*data))
     residuals = noisy(control)(*data, cond)
-    assert residuals[2].shape == (2, 16, 64, 64)
+    assert residuals[2].shape == (2, unet.config["head_channels"], 64, 64)
     full = unet(*data, residuals)
     assert error(full, unet(*data)) > 1e-3
     assert error(unet(*data, control(*data, cond.flip(0))), full) > 1e-3
@@ -2416,7 +2416,7 @@ def test_sdxl_end_to_end_and_the_public_pipeline_agrees(sdxl, photos, tmp_path, 
         base, controlnet=diffusers.ControlNetModel.from_pretrained(tmp_path / "loud"), add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     codes = torch.randint(0, 5, (1, 48, 48), generator=torch.Generator().manual_seed(0))
-    cond = model.colour_map(codes)
+    cond = model.condition(codes)
     noise = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(7))
     for guidance in (1.0, 4.0):
         ours = model.draw(["a red cat"], [7], 8, guidance, "euler", (48, 48), (cond,), (cond,))

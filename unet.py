@@ -38,7 +38,7 @@ PRESETS = {
                      down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
                      transformer_layers_per_block=(0, 1), attention_head_dim=(2, 4), cross_attention_dim=96,
                      addition_time_embed_dim=16, projection_class_embeddings_input_dim=96 + 6 * 16,
-                     norm_num_groups=16, patch_size=4, head_channels=16),
+                     norm_num_groups=16, patch_size=4, head_channels=24),
         "controlnet": dict(conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 64)),
         "text": dict(width=96, layers=2, heads=4, length=48, rows=512),
     },
@@ -521,6 +521,8 @@ class UNet(Encoder):
         heads = [(head_channels + c["in_channels"], head_channels), (head_channels, head_channels),
                  (head_channels, out_channels)]
         self.head = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in heads if head_channels)
+        if head_channels:
+            self.head_time = zero(nn.Linear(4 * widths[0], 2 * head_channels))
         self.number_text_layers()
 
     def forward(self, x, t, context, pooled, time_ids, residuals=None):
@@ -538,11 +540,14 @@ class UNet(Encoder):
             h = block(h, skips, time, context)
         h = self.conv_out(F.silu(self.conv_norm_out(h)))
         h = F.pixel_shuffle(h, patch)                               # (B, C, H, W)
-        return self.sharpen(h, x, fine) if self.head else h
+        return self.sharpen(h, x, time, fine) if self.head else h
 
-    def sharpen(self, h, x, fine):
-        """The head: features, the noisy input and the ControlNet's `fine` residual at full resolution."""
+    def sharpen(self, h, x, time, fine):
+        """The head: features, the noisy input and the ControlNet's `fine` residual at full resolution. The time
+        scales and shifts its channels: a nearly clean input is passed on, a noisy one is not."""
         h = self.head[0](torch.cat([h, x], dim=1))                  # (B, head_channels, H, W)
+        scale, shift = self.head_time(F.silu(time))[:, :, None, None].chunk(2, dim=1)
+        h = h * (1 + scale) + shift
         h = h if fine is None else h + fine
         for layer in self.head[1:]:
             h = layer(F.silu(h))
