@@ -841,6 +841,8 @@ def test_coco_bad_input_is_one_line(tmp_path):
     assert "only an image for 8" in error(edit(lambda d: d["images"].append({"id": 8, "file_name": "8.jpg"})))
     assert "only an annotation for 7" in error(edit(lambda d: d["images"][0].update(id=9)))
     assert "categories" in error(edit(lambda d: d.pop("categories")))
+    assert "annotations with image_id, file_name" in error(edit(lambda d: d["annotations"][0].pop("file_name")))
+    assert "categories with id, name, isthing" in error(edit(lambda d: d["categories"][1].pop("isthing")))
     assert png.split("/")[1] in error(lambda raw: (raw / png).unlink())
     assert "val2017" in error(lambda raw: (raw / photo).unlink())
     assert "val2017" in error(lambda raw: shutil.rmtree(raw / "val2017"))
@@ -848,6 +850,23 @@ def test_coco_bad_input_is_one_line(tmp_path):
     assert "(9, 9)" in error(lambda raw: Image.new("RGB", (9, 9)).save(raw / png))
     assert photo in error(lambda raw: (raw / photo).write_bytes((raw / photo).read_bytes()[:300]))
     assert "JSON file" in error(lambda raw: (raw / "annotations/panoptic_val2017.json").write_text("{"))
+
+
+def test_export_takes_scores_where_there_are_some(tmp_path):
+    call("coco/prepare.py", "--root", raw_coco(tmp_path / "raw", FEW), "--out", tmp_path)
+    folder, name = tmp_path / "val", "000000000007"
+    call("coco/export.py", folder)
+    found = json.loads((folder / "coco/results.json").read_text())
+    assert len(found) == 2 and {one["score"] for one in found} == {1.0}
+    (folder / "results").mkdir()
+    assert f"{name}.json" in call("coco/export.py", folder, ok=False)
+    for wrong in ("[", '[{"score": 0.5}]', "7"):
+        (folder / f"results/{name}.json").write_text(wrong)
+        assert f"{name}.json" in call("coco/export.py", folder, ok=False)
+    kept = [{"image_id": name, "score": s, **{k: found[0][k] for k in ("category_id", "segmentation")}} for s in (0.9, 0.2)]
+    (folder / f"results/{name}.json").write_text(json.dumps(kept))
+    call("coco/export.py", folder)
+    assert json.loads((folder / "coco/results.json").read_text()) == [dict(one, image_id=7) for one in kept]
 
 
 def test_export_refuses_what_is_no_pair_folder(tmp_path):
@@ -925,6 +944,7 @@ def perfect(pairs):
 @real
 def test_coco_sample_through_every_task(tmp_path):
     """Prepare, a few pairs; perfect predictions score 100; train, evaluate, predict and export with every task."""
+    from pycocotools.coco import COCO
     call("coco/prepare.py", "--root", Path(SAMPLES, "coco"), "--out", tmp_path / "all")
     for split, first in (("train", 0), ("val", 10)):
         for kind in ("images", "masks", "instances"):

@@ -3,11 +3,11 @@
 A (class, instance) pair is a segment, its id is class + 256 instance: R of the PNG is the class, G the
 instance. Stuff is one segment a class; instance 255 is a crowd. What prepare.py read comes out as it went in.
 
-Differs: results.json, for pycocotools' loadRes, gives each thing the score 1: a pair folder holds no scores.
-         An image whose name is no number has its name as id; a thing without an instance is one segment.
-         Predictions come from `python train.py --eval-only --predictions FOLDER`, which keeps their scores
-         in FOLDER/*/results/*.json.
-Reads:   FOLDER/{classes.json,masks} and, if there, FOLDER/{images,instances}
+Differs: An image whose name is no number has its name as id; a thing without an instance is one segment.
+         Predictions come from `python train.py --eval-only --predictions FOLDER`, which keeps its instances
+         with their scores in FOLDER/*/results/*.json: results.json, for pycocotools' loadRes, holds those.
+         Without them it holds the instances of the pair folder, each with the score 1.
+Reads:   FOLDER/{classes.json,masks} and, if there, FOLDER/{images,instances,results}
 Writes:  OUT/{panoptic.json,panoptic/*.png,instances.json,results.json}, OUT = FOLDER/coco by default
 Needs:   no sibling file
 Run:     python data/coco/export.py data/coco/val
@@ -123,28 +123,47 @@ def open_folder(folder):
     return classes, {name: images.get(name, name + ".jpg") for name in masks}
 
 
+def scored(folder, names):
+    """{name: results with scores} that `train.py --predictions` kept; None where the folder has none."""
+    folder, found, wanted = os.path.join(folder, "results"), {}, {"category_id", "segmentation", "score"}
+    for name in names if os.path.isdir(folder) else ():
+        path = os.path.join(folder, name + ".json")
+        try:
+            with open(path, encoding="utf-8") as file:
+                found[name] = json.load(file)
+            assert all(wanted <= one.keys() for one in found[name])
+        except (OSError, ValueError, TypeError, AttributeError, AssertionError) as error:
+            sys.exit(f"{path}: a list of {{\"category_id\", \"segmentation\", \"score\"}} was looked for,"
+                     f" found none ({error!r}); predict again, or delete {folder}")
+    return found or None
+
+
 def write_json(data, path):
     with open(path + ".part", "w", encoding="utf-8") as file:
         json.dump(data, file)
     os.replace(path + ".part", path)
 
 
-def write_all(out, classes, names, found):
-    """The three JSON files from {name: image file name} and what export() returned for each name."""
+def write_all(out, classes, names, found, said):
+    """The three JSON files from {name: image file name}, what export() returned for each name, and what
+    scored() returned.
+    """
+    keys = ("category_id", "bbox", "segmentation", "score")
     numbers = all(name.isdigit() for name in names) and len({int(name) for name in names}) == len(names)
     categories = [{"id": category(classes, k), "name": c["name"], "supercategory": c["name"],
                    "isthing": int(c["isthing"])} for k, c in enumerate(classes, 1)]
-    images, panoptic, instances = [], [], []
+    images, panoptic, instances, results = [], [], [], []
     for (name, file), ((width, height), info, things) in zip(names.items(), found):
         image_id = int(name) if numbers else name
         images.append({"id": image_id, "file_name": file, "width": width, "height": height})
         panoptic.append({"image_id": image_id, "file_name": name + ".png", "segments_info": info})
         instances += [{"id": n, "image_id": image_id, **thing}
                       for n, thing in enumerate(things, len(instances) + 1)]
+        sure = [{**thing, "score": 1.0} for thing in things if not thing["iscrowd"]]
+        results += [{"image_id": image_id, **{key: one[key] for key in keys if key in one}}
+                    for one in (said[name] if said else sure)]
     shared = {"info": {"description": "pair folder"}, "licenses": [], "images": images}
     things = [c for c in categories if c["isthing"]]
-    keys = ("image_id", "category_id", "bbox", "segmentation")
-    results = [{**{key: one[key] for key in keys}, "score": 1.0} for one in instances if not one["iscrowd"]]
     for name, data in (("panoptic", {**shared, "annotations": panoptic, "categories": categories}),
                        ("instances", {**shared, "annotations": instances, "categories": things}),
                        ("results", results)):
@@ -159,6 +178,7 @@ def main():
     args = parser.parse_args()
     out = args.out or os.path.join(args.folder, "coco")
     classes, names = open_folder(args.folder)
+    said = scored(args.folder, names)
     try:
         os.makedirs(os.path.join(out, "panoptic"), exist_ok=True)
     except OSError as error:
@@ -170,7 +190,7 @@ def main():
     if errors:
         sys.exit(f"{errors[0]} ({len(errors)} of {len(names)} images failed; no JSON was written)")
     try:
-        segment_count, thing_count = write_all(out, classes, names, found)
+        segment_count, thing_count = write_all(out, classes, names, found, said)
     except OSError as error:
         sys.exit(f"{out}: cannot be written ({error}); free the disk or choose another --out")
     print(f"{out}: {len(names)} images, {segment_count} segments, {thing_count} of them things")

@@ -283,6 +283,11 @@ def raw_split(root, path, captions):
     if not {"images", "annotations", "categories"} <= set(keys):
         sys.exit(f"{path}: images, annotations and categories were looked for, found {keys}; take the"
                  " panoptic annotations of COCO")
+    for part, fields in (("images", ("id", "file_name")), ("categories", ("id", "name", "isthing")),
+                         ("annotations", ("image_id", "file_name", "segments_info"))):
+        if not all(isinstance(one, dict) and set(fields) <= one.keys() for one in data[part]):
+            sys.exit(f"{path}: {part} with {', '.join(fields)} were looked for, found others; take the"
+                     " panoptic annotations of COCO")
     pngs = folder_of(path[:-len(".json")], os.path.join(root, f"panoptic_{year}"))
     photos = folder_of(os.path.join(root, year), os.path.join(root, "images", year))
     names = {image["id"]: image["file_name"] for image in data["images"]}
