@@ -46,8 +46,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from mask2former import (PRESETS, Mask2Former, count, final_predictions, instance, load, panoptic, save,
-                         semantic, targets)
+from mask2former import (PRESETS, Mask2Former, count, final_predictions, instance, load, panoptic, predict,
+                         save, semantic, targets)
 
 HERE = Path(__file__).resolve().parent
 CROWD = 255                                         # the instance number of a crowd region
@@ -602,6 +602,15 @@ def measure(meters, pred, extent, ids, instances, isthing):
                       [s["score"] for s in found], (ids, instances))
 
 
+def at_scales(model, image, cfg):
+    """image (3, H, W) uint8 -> class ids (H, W) numpy, averaged over 6 sizes and their mirrors (the paper's
+    m.s.).
+    """
+    scales = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+    found = predict(model, image / 255, "semantic", cfg["short"] or None, flip=True, scales=scales)
+    return found.cpu().numpy() + 1
+
+
 def keep(folder, name, pred, size, extent, cfg, classes):
     """Writes one image's prediction to the pair folder `folder`, for data/coco/export.py: masks/NAME.png,
     instances/NAME.png and, where there are scored instances, results/NAME.json in COCO's results format."""
@@ -625,11 +634,11 @@ def coded(segment):
 
 
 @torch.no_grad()
-def evaluate(model, pairs, cfg, device, rank=0, world=1, batch=16, folder=None):
+def evaluate(model, pairs, cfg, device, rank=0, world=1, batch=16, folder=None, multi_scale=False):
     """A pair folder's metrics in percent. semantic: mIoU; panoptic: PQ, AP, mIoU; instance: AP.
 
-    Streams: memory does not grow with the set (AP keeps a few bytes a detection). Ranks share the images.
-    folder: a pair folder to write the predictions to.
+    Streams: memory does not grow with the set (but for AP's some 100 bytes a detection). Ranks share the
+    images. folder: a pair folder to write the predictions to. multi_scale: semantic only, see at_scales.
     """
     isthing = [c["isthing"] for c in pairs.classes]
     meters = {"PQ": PanopticQuality, "AP": AveragePrecision, "mIoU": Confusion}
@@ -641,6 +650,11 @@ def evaluate(model, pairs, cfg, device, rank=0, world=1, batch=16, folder=None):
     if folder and rank == 0:
         write(folder / "classes.json", lambda part: part.write_text(json.dumps(pairs.classes)))
     for images, labels in chunks(pairs, indices, batch):
+        if multi_scale:
+            for image, (ids, _) in zip(images, labels.numpy()):
+                meters["mIoU"].add(at_scales(model, image, cfg), ids)
+            bar.update(len(images))
+            continue
         preds, extent = predictions(model.eval(), images, cfg, device)
         for pred, (ids, instances), name in zip(preds, labels.numpy(), names):
             measure(meters, pred, extent, ids, instances, isthing)
@@ -964,6 +978,7 @@ def flags():
     add("--splits", nargs="+", help="splits to evaluate on (default: val, and unseen and test where there)")
     add("--eval-only", action="store_true", help="evaluate --init, or what --out holds, or the demo weights")
     add("--predictions", type=Path, metavar="DIR", help="of --eval-only: predictions, as pair folders")
+    add("--multi-scale", action="store_true", help="of --eval-only, semantic: 6 sizes, mirrored too (m.s.)")
     add("--eval-pairs", nargs="+", default=[], metavar="DIR", help="also evaluate on these pair folders, as "
                                                                    "a share of val")
     add("--compare", action="store_true", help="real only / each of --synth / all / oracle, over --seeds")
@@ -1022,8 +1037,20 @@ def tell(scores, args, cfg, out):
         write(out / "metrics.json", lambda part: part.write_text(json.dumps(scores, indent=1)))
 
 
+def check_flags(args):
+    """What belongs to --eval-only stands beside it."""
+    if args.predictions and not args.eval_only:
+        raise BadInput("--predictions: looked for --eval-only beside it, found none; train first, give both")
+    if args.multi_scale and not (args.eval_only and args.task == "semantic"):
+        raise BadInput("--multi-scale: looked for --eval-only and --task semantic beside it, found less; "
+                       "train first, give them")
+    if args.multi_scale and args.predictions:
+        raise BadInput("--multi-scale: writes no predictions, found --predictions; give one of the two")
+
+
 def go(args):
     """Runs what the flags ask for."""
+    check_flags(args)
     args.place = device, rank, world = start(args.device)
     root, name, synth = folders(args)
     out = args.out or Path("out") / name / ("compare" if args.compare else "mask2former")
@@ -1038,11 +1065,9 @@ def go(args):
     pairs = [Pairs(path, real) for path in synth]
     check_task(args, [real, *evals.values(), *pairs])
     cfg = settings(args, real, pairs, world)
-    if args.predictions and not args.eval_only:
-        raise BadInput("--predictions: looked for --eval-only beside it, found none; train first, give both")
     if args.eval_only:
         model = build(cfg, real.classes, weights_of(args, out)).to(device)
-        scores = {key: evaluate(model, part, cfg, device, rank, world,
+        scores = {key: evaluate(model, part, cfg, device, rank, world, multi_scale=args.multi_scale,
                                 folder=args.predictions and args.predictions / part.root.name)
                   for key, part in evals.items()}
     else:
