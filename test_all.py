@@ -968,6 +968,50 @@ def test_coco_sample_through_every_task(tmp_path):
         assert (task == "semantic") == (not (out / "said/val/results").exists())
         for path in (out / "said/val/results").glob("*.json"):
             assert all({"image_id", "category_id", "segmentation", "score"} <= set(r) for r in json.loads(path.read_text()))
+        if task != "semantic":
+            found = COCO(out / "said/val/coco/instances.json").loadRes(str(out / "said/val/coco/results.json"))
+            assert len({a["score"] for a in found.anns.values()}) > 10
+
+
+@real
+def test_pq_of_the_coco_sample_equals_the_definition(tmp_path):
+    """At a quarter of the resolution: crowds, void, shifted, renamed, merged and lost segments."""
+    call("coco/prepare.py", "--root", Path(SAMPLES, "coco"), "--out", tmp_path)
+    names = sorted(p.name for p in (tmp_path / "val/masks").iterdir())
+    maps = [[ids(tmp_path / "val" / kind / name)[::4, ::4] for kind in ("masks", "instances")] for name in names]
+    maps = sorted(maps, key=lambda m: -(m[1] == 255).sum())[:25]                            # crowds first
+    classes, cases = json.loads((tmp_path / "val/classes.json").read_text()), []
+    meter, rng = T.PanopticQuality(classes), np.random.default_rng(0)
+    for truth_ids, truth_parts in maps:
+        shift = rng.integers(-2, 3, 2)
+        guess, parts = (np.roll(m, shift, (0, 1)).astype(np.int64) for m in (truth_ids, truth_parts))
+        for c in np.unique(guess)[::5]:
+            guess[guess == c] = rng.integers(1, len(classes) + 1)
+        parts[parts == 2] = 1
+        parts[parts == 255] = 200
+        guess[10:30, 20:40], guess[60:80, 10:30] = 0, rng.integers(1, 81)
+        cases.append(((guess, parts), (truth_ids, truth_parts)))
+        meter.add(*cases[-1])
+    slow = slow_pq(cases, [c["isthing"] for c in classes])
+    assert (maps[0][1] == 255).any() and any((m[0] == 0).any() for m in maps) and 10 < slow["PQ"] < 90
+    for key, value in slow.items():
+        assert np.isclose(meter.result()[key], value), key
+
+
+@real
+def test_ade20k_sample_trains_and_is_measured(tmp_path):
+    """The paper's recipe on the small preset; perfect predictions score 100."""
+    call("ade20k/prepare.py", "--root", Path(SAMPLES, "ADEChallengeData2016"), "--out", tmp_path / "ade", "--size", 64)
+    pairs, meter = T.Pairs(tmp_path / "ade/val"), T.Confusion(json.loads((tmp_path / "ade/val/classes.json").read_text()))
+    for i in range(3):
+        meter.add(pairs[i][1][0].numpy().astype(np.int64), pairs[i][1][0].numpy())
+    best = meter.result()
+    assert best["mIoU"] == best["pACC"] == 100 and 100 < best["absent"] < 150
+    T.go(T.flags().parse_args(["--data", str(tmp_path / "ade"), "--recipe", "ade20k", "--preset", "tiny", "--size", "64",
+                               "--steps", "2", "--batch", "2", "--device", "cpu", "--out", str(tmp_path / "out")]))
+    found = json.loads((tmp_path / "out/metrics.json").read_text())["val"]
+    assert found["images"] == 3 and found["absent"] == best["absent"] and 0 <= found["mIoU"] < 50
+    assert json.loads((tmp_path / "out/log.jsonl").read_text())["step"] == 2
 
 
 @pytest.mark.skipif("SEGGEN_SLOW" not in os.environ, reason="SEGGEN_SLOW is not set: minutes of a core")
@@ -1139,7 +1183,12 @@ def test_pq_equals_the_definition():
     cases = []
     for seed in range(12):
         ids, inst = truth(seed)
-        cases.append((perturbed(ids, inst, seed), (ids, inst)))
+        guess, numbers = perturbed(ids, inst, seed)
+        if seed > 5:
+            guess[:5, :9], numbers[:5, :9] = 3, 40                    # lies on void alone: not false
+        if seed > 8:
+            guess[-8:, :12], numbers[-8:, :12] = 4, 41                # on the crowd of another class: false
+        cases.append(((guess, numbers), (ids, inst)))
     meter, other = T.PanopticQuality(CLASSES), T.PanopticQuality(CLASSES)
     for i, case in enumerate(cases):
         (meter if i % 2 else other).add(*case)
@@ -1184,6 +1233,7 @@ def test_ap_equals_pycocotools():
         for m, c, s in found:
             dts.append(dict(image_id=seed, category_id=c, score=s, segmentation=M.encode(np.asfortranarray(m, np.uint8))))
     meters[0].merge(meters[1])
+    meters[0].merge(T.AveragePrecision(CLASSES))                      # of a rank without images
     result = meters[0].result()
     with contextlib.redirect_stdout(io.StringIO()):
         gt = COCO()
@@ -1194,10 +1244,54 @@ def test_ap_equals_pycocotools():
         for kind, end in (("segm", ""), ("bbox", "_box")):
             judge = COCOeval(gt, dt, kind)
             judge.evaluate(), judge.accumulate(), judge.summarize()
-            for key, value in zip(("AP", "AP50", "AP75", "AP_small", "AP_medium"), judge.stats):
+            for key, value in zip(("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"), judge.stats):
                 value = 100 * value if value >= 0 else np.nan
                 assert np.isclose(result[key + end], value, equal_nan=True), (kind, key, result[key + end], value)
     assert 5 < result["AP"] < 95
+
+
+def test_ap_keeps_little_of_an_image():
+    meter, rng = T.AveragePrecision([dict(name=str(k), isthing=True) for k in range(30)]), np.random.default_rng(0)
+    masks = [np.roll(np.tri(32) > 0, n, (0, 1)) for n in rng.integers(0, 32, 100)]
+    meter.add(masks, list(rng.integers(1, 31, 100)), list(rng.random(100)), (np.ones((32, 32), np.uint8),) * 2)
+    assert len(pickle.dumps(meter)) < 20_000 and 0 <= meter.result()["AP"] < 100
+
+
+def test_multi_scale_evaluation_equals_predict(tmp_path, capsys):
+    data, cfg = dataset(tmp_path / "d", n=2), config(steps=20)
+    pairs, meter = T.Pairs(data / "val"), T.Confusion(CLASSES)
+    model = T.train(T.build(cfg, CLASSES, None), T.Batches(pairs, [], cfg), tmp_path / "o", cfg, CPU)
+    for image, labels in (pairs[i] for i in range(2)):
+        found = m2f.predict(model, image / 255, "semantic", scales=(0.5, 0.75, 1, 1.25, 1.5, 1.75), flip=True)
+        meter.add(found.numpy() + 1, labels[0].numpy())
+    result = T.evaluate(model, pairs, cfg, CPU, multi_scale=True)
+    assert result == dict(images=2, **meter.result()) != T.evaluate(model, pairs, cfg, CPU)
+    flags = ["--data", str(data), "--multi-scale", "--device", "cpu", "--splits", "val", "--out", str(tmp_path / "o")]
+    T.go(T.flags().parse_args([*flags, "--eval-only"]))
+    assert f"mIoU {result['mIoU']:.1f}" in capsys.readouterr().out
+    for wrong in ([], ["--eval-only", "--task", "panoptic"], ["--eval-only", "--predictions", "x"]):
+        with pytest.raises(T.BadInput, match="--multi-scale"):
+            T.go(T.flags().parse_args([*flags, *wrong]))
+
+
+def test_two_ranks_measure_what_one_measures(tmp_path):
+    """Trained and measured under torchrun; unseen has an image for one of the ranks only."""
+    data = dataset(tmp_path / "d", n=5)
+    for path in data.glob("unseen/*/00[1-4].png"):
+        path.unlink()
+    flags = ["--data", data, "--task", "panoptic", "--size", 32, "--steps", 2, "--device", "cpu", "--out", tmp_path / "o"]
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29581",
+                          str(REPO / "train.py"), *map(str, flags)], cwd=tmp_path, capture_output=True, text=True,
+                         env=dict(os.environ, OMP_NUM_THREADS="1"), timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads((tmp_path / "o/metrics.json").read_text())
+    real = T.Pairs(data / "train")
+    cfg = T.settings(T.flags().parse_args([str(f) for f in flags]), real, [], 1)
+    model = m2f.load(tmp_path / "o", "panoptic")
+    for split, images in (("val", 5), ("unseen", 1)):
+        one = T.evaluate(model, T.Pairs(data / split), cfg, CPU)
+        assert one["images"] == images and one["mIoU"] > 0 and set(one) == set(found[split])
+        assert all(np.isclose(found[split][k], v, atol=0.05, equal_nan=True) for k, v in one.items()), (found[split], one)
 
 
 # ------------------------------------------------------------------------------------------------- data and loop

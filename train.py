@@ -459,7 +459,7 @@ class PanopticQuality:
         t_area, g_area = np.bincount(t, area), np.bincount(g, area)
         void, same = t_class[t] == 0, t_class[t] == g_class[g]
         g_void, g_ignored = np.bincount(g, area * void), np.bincount(g, area * (void | t_crowd[t] & same))
-        iou = area / (t_area[t] + g_area[g] - area - g_void[g])
+        iou = area / np.maximum(t_area[t] + g_area[g] - area - g_void[g], 1)
         hit = same & ~void & ~t_crowd[t] & (iou > 0.5)                # over a half: each segment once at most
         wrong = (g_class > 0) & ~np.isin(np.arange(len(g_ids)), g[hit]) & (g_ignored <= 0.5 * g_area)
         missed = (t_class > 0) & ~np.isin(np.arange(len(t_ids)), t[hit]) & ~t_crowd
@@ -483,12 +483,13 @@ class PanopticQuality:
 
 
 class AveragePrecision:
-    """COCO's AP of masks and of the boxes around them, by pycocotools, image by image: only matches are kept.
+    """COCO's AP of masks and of the boxes around them, by pycocotools, image by image: only matches are kept,
+    some 100 bytes a detection.
     """
 
     def __init__(self, classes):
         self.things = [i + 1 for i, c in enumerate(classes) if c["isthing"]]
-        self.matches = {"segm": [], "bbox": []}                       # per image, its COCOeval.evalImgs
+        self.matches = {"segm": [], "bbox": []}                       # per image, what packed() keeps
 
     def add(self, masks, ids, scores, truth):
         """N masks (H, W) bool, their class ids and scores; truth ((H, W) class ids, (H, W) instance numbers).
@@ -503,9 +504,20 @@ class AveragePrecision:
                 judge = COCOeval(*sets, kind)
                 judge.params.imgIds, judge.params.catIds = [1], self.things
                 judge.evaluate()
-                for e in filter(None, judge.evalImgs):                # only whether matched is read later
-                    e["dtMatches"], e["gtMatches"] = e["dtMatches"] > 0, e["gtMatches"] > 0
-                kept.append(judge.evalImgs)
+                kept.append(self.packed(judge.evalImgs))
+
+    @staticmethod
+    def packed(cells):
+        """One image's evalImgs (class x area) -> cell and score of every detection, (3, detections) bytes of
+        its 20 bits (matched, then ignored, at 10 IoUs each); true segments a cell.
+        """
+        none = dict(dtScores=[], dtMatches=np.zeros((10, 0)), dtIgnore=np.zeros((10, 0)), gtIgnore=np.ones(0))
+        cells = [e or none for e in cells]
+        cell = np.repeat(np.arange(len(cells), dtype=np.int16), [len(e["dtScores"]) for e in cells])
+        bits = [np.concatenate([e[key] for e in cells], 1) > 0 for key in ("dtMatches", "dtIgnore")]
+        true = np.array([np.count_nonzero(e["gtIgnore"] == 0) for e in cells], np.int16)
+        scores = np.concatenate([e["dtScores"] for e in cells])
+        return cell, scores, np.packbits(np.concatenate(bits), 0), true
 
     def entry(self, mask, c, **extra):
         code = coco_mask.encode(np.asfortranarray(mask, np.uint8))
@@ -527,17 +539,29 @@ class AveragePrecision:
     def result(self):
         out = {}
         for kind, end in (("segm", ""), ("bbox", "_box")):
-            judge = COCOeval(iouType=kind)
-            judge.params.imgIds, judge.params.catIds = list(range(len(self.matches[kind]))), self.things
-            judge.evalImgs = [e for cell in zip(*self.matches[kind]) for e in cell]     # class, area, image
-            judge._paramsEval = copy.deepcopy(judge.params)
-            with contextlib.redirect_stdout(io.StringIO()):
-                judge.accumulate()
-                judge.summarize()
-            names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-            for name, value in zip(names, judge.stats.tolist()):
-                out[name + end] = 100 * value if value >= 0 else float("nan")        # -1: nothing to find
+            p = self.precision(kind)                                  # (IoU, recall, class, area)
+            for name, part in (("AP", p[..., 0]), ("AP50", p[0, ..., 0]), ("AP75", p[5, ..., 0]),
+                               ("AP_small", p[..., 1]), ("AP_medium", p[..., 2]), ("AP_large", p[..., 3])):
+                out[name + end] = 100 * mean(part[part > -1])                            # -1: nothing to find
         return out
+
+    def precision(self, kind):
+        """Precision by (IoU, recall, class, area), -1 where there is nothing to find: pycocotools sees the
+        images as one whose detections are matched already.
+        """
+        cell, score, bits, true = zip(*self.matches[kind])
+        cell, score, true = np.concatenate(cell), np.concatenate(score), np.sum(true, 0, np.int64)
+        bits = np.unpackbits(np.concatenate(bits, 1), 0, 20).astype(bool)                # (20, detections)
+        judge = COCOeval(iouType=kind)
+        judge.evalImgs = [dict(dtScores=score[cell == i], dtMatches=bits[:10, cell == i],
+                               dtIgnore=bits[10:, cell == i], gtIgnore=np.zeros(n))
+                          for i, n in enumerate(true)]                                   # class by area
+        judge.params.imgIds, judge.params.catIds = [1], self.things
+        judge.params.maxDets = [len(score)]                # an image's best 100 were taken by evaluate()
+        judge._paramsEval = copy.deepcopy(judge.params)
+        with contextlib.redirect_stdout(io.StringIO()):
+            judge.accumulate()
+        return judge.eval["precision"][..., 0]
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
