@@ -1330,6 +1330,85 @@ def test_image_and_mask_are_augmented_together(tmp_path, recipe):
         assert set(labels.unique().tolist()) <= set(range(5))
 
 
+def test_colours_are_jittered_and_never_swapped():
+    from torchvision import tv_tensors
+    image, seen = torch.tensor([200, 40, 40], dtype=torch.uint8)[:, None, None].expand(3, 64, 64), set()
+    torch.manual_seed(0)
+    for _ in range(20):
+        got, labels = T.augmentation("ade20k", 64, 64)(tv_tensors.Image(image), tv_tensors.Mask(torch.ones(2, 64, 64)))
+        colour = got[:, labels[0] > 0].float().mean(1)
+        assert colour.argmax() == 0
+        seen.add(tuple(colour.round().tolist()))
+    assert len(seen) > 10
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "ade20k", "coco"])
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1)])
+def test_thin_images_keep_a_pixel(recipe, size):
+    from torchvision import tv_tensors
+    torch.manual_seed(0)
+    for _ in range(5):
+        got, labels = T.augmentation(recipe, 64, 64)(tv_tensors.Image(torch.zeros(3, *size, dtype=torch.uint8)),
+                                                     tv_tensors.Mask(torch.ones(2, *size, dtype=torch.uint8)))
+        assert got.shape == (3, 64, 64) and labels.shape == (2, 64, 64)
+
+
+def test_jitter_is_relative_to_the_crop():
+    jitter = T.augmentation("coco", 64, 32).transforms[1]
+    jitter.scale_range = 1.0, 1.0
+    assert jitter(torch.zeros(3, 200, 100)).shape == (3, 64, 32)
+
+
+def test_size_and_batch_of_the_recipes(tmp_path):
+    real = T.Pairs(folder(tmp_path / "p", n=2, size=40))
+    for flags, world, wanted in (
+            ("", 1, ([48, 48], 0, 0, 8)), ("--size 64x48", 1, ([48, 64], 48, 192, 8)),
+            ("--recipe ade20k", 1, ([512, 512], 512, 2048, 16)), ("--recipe ade20k --size 640", 8, ([640, 640], 640, 2560, 2)),
+            ("--recipe coco --size 512 --accumulate 4", 2, ([512, 512], 800, 1333, 2)),
+            ("--recipe coco --accumulate 4", 16, ([1024, 1024], 800, 1333, 1)), ("--batch 3 --accumulate 2", 4, ([48, 48], 0, 0, 3))):
+        cfg = T.settings(T.flags().parse_args(flags.split()), real, [], world)
+        assert tuple(cfg[k] for k in ("size", "short", "longest", "batch")) == wanted, flags
+
+
+def test_optimiser_and_schedules_are_the_originals():
+    """Decay 0.05 but on norms, embeddings and Swin's bias tables; the backbone at a tenth; the rates of its YAML files."""
+    model = m2f.Mask2Former(3, "swin_t", queries=4, encoder_layers=1, decoder_layers=1)
+    groups = T.optimiser_of(model, 1e-4).param_groups
+    found = {id(p): (g["weight_decay"], g["scale"]) for g in groups for p in g["params"]}
+    found = {name: found[id(p)] for name, p in model.named_parameters()}
+    still = "decoder.queries decoder.places decoder.level".split()
+    for name, (decay, scale) in found.items():
+        norm = re.search(r"norm|inputs\.\d\.1|lateral\.1|smooth\.1|features\.0\.2", name) or "bias_table" in name
+        assert decay == (0 if norm or name in still else 0.05), name
+        assert scale == (0.1 if name.startswith("backbone.") else 1.0), name
+    assert found["pixel_decoder.level"] == (0.05, 1.0) and found["decoder.classes.bias"] == (0.05, 1.0)
+    assert all(g["lr"] == 1e-4 and g["betas"] == (0.9, 0.999) for g in groups)
+    coco, ade = (lambda step, r=T.RECIPES[name]: T.rate(r["schedule"], step, r["steps"], r["warmup"]) for name in ("coco", "ade20k"))
+    assert [coco(n) for n in (0, 327_777, 327_778, 355_091, 355_092, 368_749)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert [ade(n) for n in (0, 80_000, 159_999)] == pytest.approx([1, 0.5 ** 0.9, (1 / 160_000) ** 0.9])
+    assert all(T.RECIPES[name]["clip"] == 0.01 and T.RECIPES[name]["batch"] == 16 for name in ("coco", "ade20k"))
+
+
+def test_accumulation_equals_one_batch(monkeypatch):
+    """Mask and dice gradients, on the same points; the class loss is a mean over what the call sees, so it is left out."""
+    torch.manual_seed(0)
+    model = m2f.Mask2Former(3, **TOY)
+    model.loss.weights["class"] = 0.0
+    monkeypatch.setattr(torch, "rand", same_points)
+    images, truth = (torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 255).byte(), []
+    for i, task in enumerate(("semantic", "panoptic", "instance")):
+        _, ids, parts = toy_scene(i)
+        truth.append(m2f.targets(ids, parts, [False, True, True], task))
+    assert len({len(t["labels"]) for t in truth}) > 1                 # micro-batches of unequally many masks
+    losses, grads = [], []
+    for batches in ([(images, truth)], [(images[i:i + 1], truth[i:i + 1]) for i in range(3)]):
+        model.zero_grad()
+        losses.append(T.step_loss(model, model, batches, config(), CPU, 0, 0))
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert (grads[0] - grads[1]).norm() < 1e-3 * grads[0].norm()
+
+
 def test_reads_grey_rgba_palette_and_jpg(tmp_path):
     root = folder(tmp_path / "p", n=4)
     for i, mode in enumerate(("L", "RGBA", "P")):

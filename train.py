@@ -8,6 +8,7 @@ Paper: SegGen (2311.03355); Mask2Former (2112.01527) for the recipes; Kirillov e
 Differs: the paper does not say how MaskSyn and ImgSyn samples are mixed within p: here a synthetic folder is
        drawn evenly, then a pair of it evenly. The `tiny` recipe (from scratch, minutes of a CPU) is ours, and
        so is the oracle: fresh true scenes in the place of synthetic ones, the ceiling of any generator.
+       ADE20K's brightness is scaled by up to an eighth (the original adds up to 32 of 255).
 Reads: pair folders data/NAME/{train,val,...}, out/NAME/{masksyn,imgsyn}.
 Writes: out/NAME/mask2former/{model.safetensors, state.pt, log.jsonl, metrics.json, samples.png};
        out/NAME/compare/{PROTOCOL.md, PROTOCOL.json, PROTOCOL.png, runs/}.
@@ -57,7 +58,7 @@ RECIPES = {
                  size=0, short=0, longest=0, save_every=100),
     "ade20k": dict(preset="resnet50", steps=160_000, batch=16, lr=1e-4, clip=0.01, schedule="poly", warmup=0,
                    size=512, short=512, longest=2048, save_every=2000),
-    "coco": dict(preset="resnet50", steps=368_750, batch=16, lr=1e-4, clip=0.01, schedule="steps", warmup=10,
+    "coco": dict(preset="resnet50", steps=368_750, batch=16, lr=1e-4, clip=0.01, schedule="steps", warmup=0,
                  size=1024, short=800, longest=1333, save_every=2000),
 }
 NAMED = {"masksyn": "MaskSyn", "imgsyn": "ImgSyn"}       # folders whose arm of a comparison has a proper name
@@ -193,6 +194,21 @@ def same_classes(found, wanted, root, origin):
 
 # -------------------------------------------------------------------------------------- augmentation, batches
 
+class NeverEmpty:
+    """Of torchvision's random resizes: no side rounds to 0, as that of a 1 x N image would."""
+
+    def make_params(self, inputs):
+        return {"size": [max(1, n) for n in super().make_params(inputs)["size"]]}
+
+
+class ScaleJitter(NeverEmpty, v2.ScaleJitter):
+    pass
+
+
+class RandomShortestSize(NeverEmpty, v2.RandomShortestSize):
+    pass
+
+
 def augmentation(recipe, height, width):
     """A recipe's joint transform of (Image, Mask) to height x width; masks by nearest, new borders grey and
     void.
@@ -201,11 +217,13 @@ def augmentation(recipe, height, width):
     crop = v2.RandomCrop((height, width), pad_if_needed=True, fill=fill)
     flip = v2.RandomHorizontalFlip()
     if recipe == "coco":                                                         # large-scale jitter
-        return v2.Compose([flip, v2.ScaleJitter((height, width), (0.1, 2.0)), crop])
+        return v2.Compose([flip, ScaleJitter((width, height), (0.1, 2.0)), crop])
     if recipe == "ade20k":
-        shorts = [int(height * 0.1 * n) for n in range(5, 21)]
-        scale = v2.RandomShortestSize(shorts, 4 * height)
-        return v2.Compose([flip, scale, crop, v2.RandomPhotometricDistort()])
+        scale = RandomShortestSize([int(height * 0.1 * n) for n in range(5, 21)], 4 * height)
+        # the original's contrast, saturation and hue; its brightness is a sum, here a product
+        colour = {"brightness": (0.875, 1.125), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": 0.1}
+        jitter = [v2.RandomApply([v2.ColorJitter(**{kind: span})]) for kind, span in colour.items()]
+        return v2.Compose([flip, scale, crop, *jitter])
     ratio = width / height
     zoom = v2.RandomResizedCrop((height, width), (0.5, 1.0), (0.8 * ratio, 1.25 * ratio))
     return v2.Compose([flip, zoom, v2.ColorJitter(0.3, 0.3, 0.3)])
@@ -261,15 +279,16 @@ class Batches(torch.utils.data.Dataset):
 # --------------------------------------------------------------------------------------------------- training
 
 def optimiser_of(model, lr):
-    """AdamW of the original: no decay on norms and embeddings (biases do decay); a pre-trained backbone at lr
-    x 0.1.
+    """AdamW of the original: no decay on norms and embeddings (biases and the pixel decoder's level, no
+    embedding there, do decay); a pre-trained backbone at lr x 0.1.
     """
     norms = torch.nn.LayerNorm, torch.nn.GroupNorm
-    embeddings = "queries", "places", "level", "relative_position_bias_table"
+    embeddings = "decoder.queries", "decoder.places", "decoder.level"
     pretrained, groups = model.config["backbone"] != "tiny", {}
     for path, module in model.named_modules():
         for name, p in module.named_parameters(recurse=False):
-            decay = 0.0 if isinstance(module, norms) or name in embeddings else 0.05
+            still = name == "relative_position_bias_table" or f"{path}.{name}" in embeddings
+            decay = 0.0 if still or isinstance(module, norms) else 0.05
             scale = 0.1 if pretrained and path.startswith("backbone.") else 1.0
             if p.requires_grad:
                 groups.setdefault((decay, scale), []).append(p)
@@ -282,8 +301,8 @@ def rate(kind, step, steps, warmup):
     up = min(1.0, (step + 1) / (warmup + 1))
     if kind == "poly":
         return up * (1 - step / steps) ** 0.9
-    if kind == "steps":                                      # the original's 327,778 and 355,092 of 368,750
-        return up * 0.1 ** ((step >= 0.8889 * steps) + (step >= 0.963 * steps))
+    if kind == "steps":                                                      # where the original drops it
+        return up * 0.1 ** sum(step * 368_750 >= drop * steps for drop in (327_778, 355_092))
     return up * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
@@ -773,7 +792,7 @@ def build(cfg, classes, init, new_head=False):
     about = dict(isthing=isthing, class_names=names, task=cfg["task"])
     torch.manual_seed(seed_of(cfg["seed"], 4))
     if not init:
-        weights = None if cfg["preset"] == "tiny" else "DEFAULT"
+        weights = None if cfg["preset"] == "tiny" else "IMAGENET1K_V1"       # those of the original
         try:
             return Mask2Former(len(names), **PRESETS[cfg["preset"]], **about, weights=weights)
         except (OSError, KeyError, ValueError) as error:
@@ -935,9 +954,13 @@ def settings(args, real, synth, world):
     stride = 16 if cfg["preset"] == "tiny" else 32
     natural = [-(-n // stride) * stride for n in real[0][0].shape[1:]]   # up to the network's stride
     size = args.size or ([recipe["size"]] * 2 if recipe["size"] else natural)
-    short = min(size) if args.size and not recipe["size"] else recipe["short"]
+    short, longest = recipe["short"], recipe["longest"]
+    if args.size and args.recipe != "coco":          # ADE20K: 512 / 2048 semantic, 640 / 2560 panoptic
+        short, longest = min(size), 4 * min(size)
+    if args.batch is None:                           # the recipe's batch is that of a whole step
+        cfg["batch"] = max(1, recipe["batch"] // (world * args.accumulate))
     cfg.update({k: given[k] for k in ("recipe", "task", "seed", "accumulate", "p_synth", "pretrain")})
-    return dict(cfg, size=size, short=short, longest=recipe["longest"], world=world, real=real.fingerprint(),
+    return dict(cfg, size=size, short=short, longest=longest, world=world, real=real.fingerprint(),
                 synth=[p.fingerprint() for p in synth], init=args.init and str(args.init))
 
 
@@ -989,7 +1012,8 @@ def flags():
     add("--preset", choices=tuple(PRESETS), help="network (default: the recipe's)")
     add("--size", type=side, help="training crop, 512 or 240x192 (width x height; default: the recipe's)")
     add("--steps", type=positive(int), help="optimiser steps (default: the recipe's)")
-    add("--batch", type=positive(int), help="images a micro-batch and rank (default: the recipe's)")
+    add("--batch", type=positive(int), help="images a micro-batch and rank (default: the recipe's, shared by "
+                                            "ranks and micro-batches)")
     add("--accumulate", type=positive(int), default=1, help="micro-batches a step")
     add("--lr", type=positive(float), help="peak learning rate (default: the recipe's)")
     add("--p-synth", type=share, default=0.6, help="chance that a real sample is replaced by a synthetic one")
