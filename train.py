@@ -786,8 +786,22 @@ def plain(name):
     return " ".join(name.split(",")[0].split(";")[0].casefold().replace("-", " ").replace("_", " ").split())
 
 
+def with_stuff(state, things, K):
+    """A state dict whose classifier knows the things alone -> one of all K classes; things: their indices.
+    The rows of stuff never win.
+    """
+    wide = {}
+    for key in ("decoder.classes.weight", "decoder.classes.bias"):
+        never = -1e4 if key.endswith("bias") else 0.0
+        wide[key] = state[key].new_full((K + 1, *state[key].shape[1:]), never)
+        wide[key][[*things, K]] = state[key]                                 # the last row: no object
+    return {**state, **wide}
+
+
 def build(cfg, classes, init, new_head=False):
-    """A new segmenter for these classes, or that of `init`, whose classes must be these unless new_head."""
+    """A new segmenter for these classes, or that of `init`, whose classes must be these unless new_head; for
+    instance segmentation that of `init` may know the things alone.
+    """
     names, isthing = [c["name"] for c in classes], [c["isthing"] for c in classes]
     about = dict(isthing=isthing, class_names=names, task=cfg["task"])
     torch.manual_seed(seed_of(cfg["seed"], 4))
@@ -800,15 +814,18 @@ def build(cfg, classes, init, new_head=False):
                            f"({error}); give a segmenter's weights by --init, or --preset tiny")
     old = load(init, cfg["task"])
     had = old.config["class_names"] or (names if old.config["num_classes"] == len(names) else [])
-    different = first_difference([plain(name) for name in had], [plain(name) for name in names])
+    state, things = old.state_dict(), [k for k, thing in enumerate(isthing) if thing]
+    had, wanted = ([plain(name) for name in part] for part in (had, names))
+    if cfg["task"] == "instance" and had != wanted and had == [wanted[k] for k in things]:
+        state, had = with_stuff(state, things, len(names)), wanted
+    different = first_difference(had, wanted)
     if different and not new_head:
         k, a, b = different
         raise BadInput(f"{init}: was trained for {old.config['num_classes']} classes, the data has "
                        f"{len(names)}; the first that differs is id {k}, {a} there and {b} here; --new-head "
                        f"starts a new classifier on it")
     model = Mask2Former(**{**old.config, **about, "num_classes": len(names)})
-    state = {k: v for k, v in old.state_dict().items()
-             if not different or not k.startswith("decoder.classes.")}
+    state = {k: v for k, v in state.items() if not different or not k.startswith("decoder.classes.")}
     model.load_state_dict(state, strict=not different)
     return model
 
