@@ -1491,7 +1491,7 @@ def test_sigkill_and_rerun_gives_the_same_bytes(tmp_path):
     run = subprocess.Popen([sys.executable, str(REPO / "train.py"), *map(str, flags), "--out", str(tmp_path / "b")],
                            cwd=tmp_path, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL,
                            stderr=subprocess.DEVNULL)
-    while not (tmp_path / "b/state.pt").exists():
+    while not (tmp_path / "b/state.pt").exists() and run.poll() is None:
         time.sleep(0.01)
     run.send_signal(signal.SIGKILL)
     run.wait()
@@ -1607,6 +1607,57 @@ def test_bad_commands_end_in_one_line(tmp_path):
         done = command(*flags, cwd=tmp_path)
         assert done.returncode != 0 and words in done.stderr, (flags, done.stderr)
         assert "Traceback" not in done.stderr, flags
+
+
+def test_numbers_under_zero_and_foreign_devices_end_in_one_line(tmp_path, capsys):
+    for flags in (["--seed", "-1"], ["--workers", "-1"], ["--seeds", "0", "-1"]):
+        with pytest.raises(SystemExit):
+            T.flags().parse_args(flags)
+        assert "0 or more" in capsys.readouterr().err
+    with pytest.raises(T.BadInput, match="foo: looked for cpu"):
+        T.start("foo")
+
+
+def test_each_rank_takes_its_gpu_before_it_joins(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(T.dist, "init_process_group", calls.append)
+    for name, value in dict(RANK="7", LOCAL_RANK="3", WORLD_SIZE="8").items():
+        monkeypatch.setenv(name, value)
+    assert T.start("auto") == (torch.device("cuda:3"), 7, 8) and calls == [torch.device("cuda:3"), "nccl"]
+
+
+def test_what_is_missing_is_made_outside_the_process_group(tmp_path, monkeypatch):
+    (tmp_path / "make.py").write_text("import os\nos.mkdir('made')\nopen('made/seen', 'w').write(' '.join(os.environ))")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(T, "HERE", tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PASSED_ON"):
+        monkeypatch.setenv(name, "1")
+    T.made(tmp_path / "made", "make.py")
+    seen = (tmp_path / "made/seen").read_text().split()
+    assert "PASSED_ON" in seen and not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & set(seen)
+    assert not list(tmp_path.glob(".*unfinished"))
+
+
+def test_an_oracle_without_gain_has_no_share():
+    scores = {arm: {0: {"val": {"mIoU": value}}} for arm, value in (("real only", 50.0), ("+ MaskSyn", 51.0), ("oracle", 50.0))}
+    assert T.summary(scores, "+ MaskSyn", "val", "mIoU")["share"] is None
+    scores["oracle"][0]["val"]["mIoU"] = 54.0
+    assert T.summary(scores, "+ MaskSyn", "val", "mIoU")["share"] == 0.25
+
+
+def test_a_segmenter_of_things_alone_fits_a_folder_with_stuff(tmp_path):
+    things = [c for c in CLASSES if c["isthing"]]
+    T.save(T.build(config(task="instance"), things, None), str(tmp_path / "model.safetensors"))
+    old = m2f.load(tmp_path)
+    new, image = T.build(config(task="instance"), CLASSES, tmp_path).eval(), torch.rand(1, 3, 32, 32)
+    assert new.config["num_classes"] == 4
+    with torch.no_grad():
+        had, has = (model(image)[-1]["class_logits"].softmax(-1) for model in (old, new))
+    assert torch.allclose(had, has[..., 2:], atol=1e-6) and has[..., :2].max() == 0
+    with pytest.raises(T.BadInput, match="2 classes, the data has 4"):
+        T.build(config(task="panoptic"), CLASSES, tmp_path)
 
 
 def test_another_data_sets_checkpoint_is_refused(tmp_path):

@@ -895,7 +895,8 @@ def summary(results, arm, split, score):
     """An arm on a split over its seeds: mean, std, values, gain by seed, share of the oracle's mean gain."""
     values = {seed: scores[split][score] for seed, scores in results[arm].items()}
     gain, top = gains(results, arm, split, score), gains(results, "oracle", split, score)
-    share = mean(list(gain.values())) / mean(list(top.values())) if gain and top else None
+    best = mean(list(top.values())) if top else 0.0
+    share = mean(list(gain.values())) / best if gain and best else None      # no share of nothing
     std = float(np.std(list(values.values()), ddof=1)) if len(values) > 1 else 0.0
     return dict(mean=mean(list(values.values())), std=std, values=values, gain=gain, share=share)
 
@@ -915,9 +916,10 @@ def made(folder, *command):
         return
     print(f"{folder}: missing, so: python {' '.join(command)}", flush=True)
     write(mark, lambda part: part.touch())
-    if subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]]).returncode:
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    if subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], env=alone).returncode:
         raise BadInput(f"{command[0]} failed (see above); {folder} is still missing")
-    mark.unlink()
+    mark.unlink(missing_ok=True)
 
 
 def positive(kind):
@@ -929,6 +931,13 @@ def positive(kind):
         return value
     number.__name__ = kind.__name__
     return number
+
+
+def whole(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}: 0 or more is needed")
+    return value
 
 
 def share(text):
@@ -954,14 +963,17 @@ def start(device):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if world > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    torch.set_float32_matmul_precision("high")                      # TF32 on CUDA; nothing changes on the CPU
+    if world > 1 and device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.device(device), rank, world
+        device = torch.device(device)
     except RuntimeError:
         raise BadInput(f"--device {device}: looked for cpu, cuda or cuda:N")
+    if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)              # barriers and gathered objects go by the current GPU
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, rank, world
 
 
 def settings(args, real, synth, world):
@@ -1036,10 +1048,10 @@ def flags():
     add("--p-synth", type=share, default=0.6, help="chance that a real sample is replaced by a synthetic one")
     add("--pretrain", action="store_true", help="synthetic samples for half the steps, then real ones")
     add("--limit-real", type=positive(int), help="use the first N real pairs only")
-    add("--seed", type=int, default=0)
+    add("--seed", type=whole, default=0)
     add("--device", default="auto", help="cpu, cuda, cuda:1 ...")
     add("--compile", action="store_true", help="torch.compile (for CUDA)")
-    add("--workers", type=int, default=0, help="processes that load data")
+    add("--workers", type=whole, default=0, help="processes that load data")
     add("--splits", nargs="+", help="splits to evaluate on (default: val, and unseen and test where there)")
     add("--eval-only", action="store_true", help="evaluate --init, or what --out holds, or the demo weights")
     add("--predictions", type=Path, metavar="DIR", help="of --eval-only: predictions, as pair folders")
@@ -1047,7 +1059,7 @@ def flags():
     add("--eval-pairs", nargs="+", default=[], metavar="DIR", help="also evaluate on these pair folders, as "
                                                                    "a share of val")
     add("--compare", action="store_true", help="real only / each of --synth / all / oracle, over --seeds")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of --compare")
+    add("--seeds", type=whole, nargs="+", default=[0, 1, 2], help="of --compare")
     add("--arms", nargs="+", default=[], help="of --compare, by name: real MaskSyn ImgSyn both oracle "
                                               "(default: all)")
     add("--oracle", type=Path, help="fresh true pairs (default: those of train/ beyond --limit-real)")
