@@ -250,9 +250,7 @@ class EncoderLayer(nn.Module):
 
 
 def conv_norm(a, b, size, bias=False):
-    layer = nn.Conv2d(a, b, size, padding=size // 2, bias=bias)
-    nn.init.xavier_uniform_(layer.weight)
-    return nn.Sequential(layer, nn.GroupNorm(32, b))
+    return nn.Sequential(nn.Conv2d(a, b, size, padding=size // 2, bias=bias), nn.GroupNorm(32, b))
 
 
 class PixelDecoder(nn.Module):
@@ -266,6 +264,12 @@ class PixelDecoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(width, heads, ffn) for _ in range(layers))
         self.lateral, self.smooth = conv_norm(channels[0], width, 1), conv_norm(width, width, 3)
         self.masks = nn.Conv2d(width, width, 1)
+        for conv, _ in self.inputs:
+            nn.init.xavier_uniform_(conv.weight)
+            nn.init.zeros_(conv.bias)
+        for conv in (self.lateral[0], self.smooth[0], self.masks):           # the original's c2_xavier_fill
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+        nn.init.zeros_(self.masks.bias)
 
     def forward(self, maps):
         maps, fine = maps[:0:-1], maps[0]                                    # coarse first
@@ -523,7 +527,7 @@ class SetLoss(nn.Module):
             logits = full(torch.stack([out["class_logits"] for out in outputs]))            # (L, B, Q, K + 1)
             embed = full(torch.stack([out["mask_embed"] for out in outputs]))                # (L, B, Q, D)
             features = full(outputs[-1]["features"])                                         # (B, D, h, w)
-            truth = [t["masks"].to(features) for t in targets]
+            truth = [t["masks"].to(features.device, non_blocking=True).to(features.dtype) for t in targets]
             labels = [t["labels"].to(features.device) for t in targets]
             valid = [t["valid"].to(features)[None] if "valid" in t else None for t in targets]
             query = self.match(logits, embed, features, labels, truth, valid)            # (L, all N), -1 none

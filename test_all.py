@@ -2160,6 +2160,17 @@ def test_finds_task_and_size_in_the_folder(pair):
         m2f.load(other)
 
 
+def test_pixel_decoder_starts_as_the_original():
+    """xavier_uniform for the input projections; fvcore's c2_xavier_fill, uniform within sqrt(3 / fan in), for the rest."""
+    torch.manual_seed(0)
+    net = m2f.PixelDecoder((64, 128, 256, 512), layers=1)
+    cases = [(conv, (6 / (conv.in_channels + 256)) ** 0.5) for conv, _ in net.inputs]
+    cases += [(conv, (3 / conv.weight[0].numel()) ** 0.5) for conv in (net.lateral[0], net.smooth[0], net.masks)]
+    for conv, bound in cases:
+        assert 0.99 * bound < conv.weight.abs().max() <= bound and conv.weight.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.02)
+        assert conv.bias is None or conv.bias.abs().max() == 0
+
+
 @pytest.mark.parametrize("name", ["resnet50", "swin_t"])
 def test_big_backbones_train_a_step(name):
     torch.manual_seed(0)
