@@ -764,8 +764,10 @@ def averaged(model, image, short, window, scales, flip):
 
 
 def resized(image, short, scale=1.0):
-    """image (3, H, W) with its shorter side at short x scale (None: as it is)."""
-    ratio = scale * (short / min(image.shape[1:]) if short else 1.0)
+    """image (3, H, W) with its shorter side at short x scale (None: as it is), the longer at most 4 times
+    that."""
+    least, most = min(image.shape[1:]), max(image.shape[1:])
+    ratio = scale * (min(short / least, 4 * short / most) if short else 1.0)
     size = [max(1, round(n * ratio)) for n in image.shape[1:]]
     if size == list(image.shape[1:]):
         return image
@@ -777,8 +779,9 @@ def predict(model, image, task=None, short=None, window=None, scales=(1.0,), fli
     """One image -> what `semantic`, `panoptic` or `instance` returns, at the image's own size.
 
     image: PIL, or (3, H, W) tensor in 0..1. short: its shorter side inside the network (the original: 800
-    COCO, 640 ADE20K), None = as it is. Semantic only: window slides a square of that many pixels; scales and
-    flip average the class scores of resized and mirrored copies (the paper's m.s.)."""
+    COCO, 640 ADE20K; the longer one stays under 4 times that), None = as it is. Semantic only: window slides
+    a square of that many pixels; scales and flip average the class scores of resized and mirrored copies (the
+    paper's m.s.)."""
     model.eval()
     task = task or model.config["task"]
     if not torch.is_tensor(image):

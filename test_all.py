@@ -1887,6 +1887,12 @@ def test_any_image_size(size):
     assert m2f.predict(model, image, "semantic", short=40).shape == size
 
 
+def test_a_thin_image_does_not_grow_without_end():
+    assert m2f.resized(torch.zeros(3, 1, 2000), 800).shape == (3, 2, 3200)
+    assert m2f.resized(torch.zeros(3, 2000, 1), 800, 0.5).shape == (3, 1600, 1)
+    assert m2f.resized(torch.zeros(3, 100, 400), 50, 1.5).shape == (3, 75, 300)
+
+
 def test_flip_and_window_agree_with_plain():
     torch.manual_seed(0)
     model = m2f.Mask2Former(3, **TOY).eval()
