@@ -819,15 +819,15 @@ def load(path, task=None):
     path = os.fspath(path)
     file = os.path.join(path, "model.safetensors") if os.path.isdir(path) else path
     tensors, metadata = read(file)
-    about = json.loads(metadata.get("seggen", "{}"))
-    if about.get("format") == "seggen-1":
-        if about.get("class") != "Mask2Former":
-            sys.exit(f"{file}: holds a {about.get('class')}, not a Mask2Former")
-        config = about["config"]
-    else:
-        config, tensors = public_config(file, tensors), renamed(tensors)
-    config["task"] = task or config.get("task", "panoptic")
-    model = Mask2Former(**config)
+    try:
+        if "seggen" in metadata:
+            config = own_config(file, json.loads(metadata["seggen"]))
+        else:
+            config, tensors = public_config(file, tensors), renamed(tensors)
+        model = Mask2Former(**{**config, "task": task or config.get("task", "panoptic")})
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        sys.exit(f"{file}: looked for the settings of a Mask2Former, found some that make none ({error!r}); "
+                 f"download or train it again")
     check_keys(file, model.state_dict(), tensors)
     model.load_state_dict({k: v.float() for k, v in tensors.items()})
     return model.eval()
@@ -847,6 +847,16 @@ def read(file):
             return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except Exception as error:
         sys.exit(f"{file}: not a whole safetensors file ({error}); download or train it again")
+
+
+def own_config(file, about):
+    """The constructor arguments in the metadata that `save` wrote."""
+    if about["format"] != "seggen-1":
+        sys.exit(f"{file}: looked for a file of format seggen-1, found {about['format']}; read it with the "
+                 f"version that wrote it, or train it again")
+    if about["class"] != "Mask2Former":
+        sys.exit(f"{file}: holds a {about['class']}, not a Mask2Former")
+    return about["config"]
 
 
 def check_keys(file, wanted, found):
@@ -876,11 +886,17 @@ def public_config(file, tensors):
     place = os.path.join(os.path.dirname(os.path.abspath(file)), "config.json")
     if not os.path.isfile(place):
         sys.exit(f"{file}: no seggen metadata, no config.json beside it; give the whole transformers folder")
-    with open(place) as f:
-        public = json.load(f)
-    if public.get("model_type") != "mask2former":
-        sys.exit(f"{place}: model_type is {public.get('model_type')!r}, not 'mask2former'")
-    swin = public["backbone_config"]
+    try:
+        with open(place, encoding="utf-8") as f:
+            public = json.load(f)
+        kind, swin = public.get("model_type"), public.get("backbone_config")
+    except (OSError, ValueError, AttributeError) as error:
+        sys.exit(f"{place}: looked for the JSON of a transformers config, found something else ({error}); "
+                 f"download it again")
+    if kind != "mask2former":
+        sys.exit(f"{place}: model_type is {kind!r}, not 'mask2former'")
+    if not isinstance(swin, dict):
+        sys.exit(f"{place}: looked for backbone_config, found {swin!r}; download it again")
     sizes = {value[:2]: name for name, value in SWINS.items()}
     backbone = sizes.get((swin.get("embed_dim", 96), tuple(swin.get("depths", (2, 2, 6, 2)))))
     if backbone is None:
@@ -1029,15 +1045,18 @@ def main():
     parser.add_argument("--task", choices=TASKS, help="default: what the weights were trained for")
     parser.add_argument("--size", type=int, help="shorter side inside the network; default: the image's own")
     gpu = torch.cuda.is_available()
-    parser.add_argument("--device", default="cuda" if gpu else "cpu", help="cuda or cpu")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu", help="cpu, cuda or cuda:N")
     args = parser.parse_args()
     files = args.images or sorted(glob.glob(os.path.join(here, "data/shapes/val/images/*")))[:8]
     if not files:
         sys.exit("no images: give image files (or run `python data/shapes/prepare.py` for the built-in ones)")
     if args.size is not None and args.size < 1:
         sys.exit(f"--size {args.size}: must be 1 or more")
-    if args.device.startswith("cuda") and not gpu:
-        sys.exit(f"--device {args.device}: this machine has no CUDA; use --device cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        sys.exit(f"--device {args.device}: looked for cpu, cuda or cuda:N")
+    if args.device != "cpu" and int(args.device[5:] or 0) >= torch.cuda.device_count():
+        sys.exit(f"--device {args.device}: looked for that GPU, found {torch.cuda.device_count()} with CUDA; "
+                 f"use another or --device cpu")
     draw_all(load(args.weights, args.task).to(args.device), files, args.out, args.size)
 
 
@@ -1056,11 +1075,21 @@ def draw_all(model, files, folder, short=None):
             print(f"{file}: {image.width} x {image.height}, looked at with its longer side at {LONGEST}")
             image.thumbnail((LONGEST, LONGEST))
         found = regions(model, predict(model, image, task, short, **limits), task)
-        os.makedirs(folder, exist_ok=True)
         out = os.path.join(folder, os.path.splitext(os.path.basename(file))[0] + ".png")
-        overlay(image, found, names, things=task == "instance").save(out + ".part", "PNG")
-        os.replace(out + ".part", out)
+        put(overlay(image, found, names, things=task == "instance"), out)
         print(f"{out}  {len(found)} segments: {', '.join(names[k] for _, k, _ in found)}")
+
+
+def put(picture, path):
+    """Writes a picture whole or not at all: beside its place, then renamed."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        picture.save(path + ".part", "PNG")
+        os.replace(path + ".part", path)
+    except OSError as error:
+        if os.path.isfile(path + ".part"):
+            os.remove(path + ".part")
+        sys.exit(f"{path}: could not be written ({error}); free some space or choose another --out")
 
 
 if __name__ == "__main__":

@@ -2043,16 +2043,23 @@ def test_bad_weights_end_in_one_line(tmp_path):
     save_file(dict(tensors, more=torch.zeros(1)), tmp_path / "extra.safetensors", about())
     save_file(tensors, tmp_path / "shape.safetensors", about(config=dict(model.config, num_classes=4)))
     save_file(tensors, tmp_path / "other.safetensors", about(**{"class": "UNet"}))
-    for name, about_it in (("bare", None), ("family", {"model_type": "maskformer"}), ("headless", {
-            "model_type": "mask2former", "backbone_config": {}})):
+    save_file(tensors, tmp_path / "newer.safetensors", about(format="seggen-9"))
+    save_file(tensors, tmp_path / "argument.safetensors", about(config=dict(model.config, colour="red")))
+    save_file(tensors, tmp_path / "garbled.safetensors", {"seggen": "{"})
+    ours = {"model_type": "mask2former"}
+    for name, about_it in (("bare", None), ("family", {"model_type": "maskformer"}), ("bodiless", ours), ("listed", []),
+                           ("headless", dict(ours, backbone_config={})), ("cut", "{"),
+                           ("odd", dict(ours, backbone_config={"depths": 3}))):
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors")
-        if about_it:
-            (tmp_path / name / "config.json").write_text(json.dumps(about_it))
+        if about_it is not None:
+            (tmp_path / name / "config.json").write_text(about_it if about_it == "{" else json.dumps(about_it))
     for name, words in {"nothing": "no such", "cut.safetensors": "not a whole", "p.safetensors": "pickle", "p.bin": "pickle",
                         "missing.safetensors": "decoder.level", "extra.safetensors": "more", "shape.safetensors": "classes",
                         "other.safetensors": "UNet", "bare": "config.json", "family": "'maskformer', not 'mask2former'",
-                        "headless": "class_predictor"}.items():
+                        "headless": "class_predictor", "newer.safetensors": "found seggen-9", "cut": "config.json: looked for",
+                        "argument.safetensors": "colour", "garbled.safetensors": "that make none", "odd": "that make none",
+                        "bodiless": "looked for backbone_config", "listed": "config.json: looked for"}.items():
         with pytest.raises(SystemExit, match=words) as error:
             m2f.load(tmp_path / name)
         assert "\n" not in str(error.value)
@@ -2202,8 +2209,19 @@ def test_command_line_draws_overlays(tmp_path):
     done = subprocess.run(script + [str(tmp_path / "wide.png")], capture_output=True, text=True)
     assert done.returncode == 0 and "3000 x 20" in done.stdout and Image.open(tmp_path / "out/wide.png").size == (2048, 14)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG no")
-    done = subprocess.run(script + [str(tmp_path / "broken.png")], capture_output=True, text=True)
-    assert done.returncode != 0 and "broken.png" in done.stderr and "Traceback" not in done.stderr
+    for wrong, words in (([str(tmp_path / "broken.png")], "broken.png"), (["--device", "foo"], "foo: looked for cpu, cuda"),
+                         ([images[0], "--out", images[1]], "another --out")):
+        done = subprocess.run(script + wrong, capture_output=True, text=True)
+        assert done.returncode != 0 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    def save(path, kind):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(SystemExit, match="No space left"):
+        m2f.put(SimpleNamespace(save=save), str(tmp_path / "a/x.png"))
+    assert not list((tmp_path / "a").iterdir())
 
 
 # ======================================== unet.py
