@@ -1849,6 +1849,26 @@ def test_targets_without_masks_and_with_too_many():
     assert parts["mask"] == 0 and parts["dice"] == 0 and parts["class"] > 0
 
 
+def test_of_too_many_targets_the_costliest_are_left_out(monkeypatch):
+    """4 queries, 9 targets: the assignment is the cheapest of all, and the loss that of its 4 targets alone."""
+    torch.manual_seed(0)
+    model, out = m2f.Mask2Former(3, **dict(TOY, queries=4)), []
+    truth = {"labels": torch.randint(0, 3, (9,)), "masks": torch.rand(9, 32, 32) > 0.7}
+    monkeypatch.setattr(torch, "rand", same_points)
+    outputs = model(torch.zeros(1, 3, 32, 32).normal_())[-1:]
+    costs, match = model.loss.costs, model.loss.match
+    monkeypatch.setattr(model.loss, "costs", lambda *a: out.append(costs(*a)) or out[-1])
+    monkeypatch.setattr(model.loss, "match", lambda *a: out.append(match(*a)) or out[-1])
+    _, both = model.loss(outputs, [truth], num_masks=9)
+    cost, query = out[0][0].detach().numpy(), out[1][0].numpy()                         # (Q, N), (N,)
+    kept = np.flatnonzero(query >= 0)
+    assert sorted(query[kept]) == [0, 1, 2, 3]
+    best = min(cost[range(4), list(p)].sum() for p in itertools.permutations(range(9), 4))
+    assert cost[query[kept], kept].sum() == pytest.approx(best, rel=1e-5)
+    _, alone = model.loss(outputs, [{k: v[kept] for k, v in truth.items()}], num_masks=9)
+    assert all(both[k] > 0 and torch.allclose(both[k], alone[k]) for k in both)
+
+
 def test_valid_leaves_void_out_of_the_mask_losses():
     torch.manual_seed(0)
     model, x = m2f.Mask2Former(2, **TOY), torch.rand(1, 3, 32, 32)
@@ -2007,9 +2027,9 @@ def test_postprocessing_equals_transformers():
         assert {s["id"]: s["class"] for s in segments} == {a: kinds[b] for a, b in same}
         ours = m2f.instance(pred, size, top=20)
         them = processor.post_process_instance_segmentation(theirs_in, threshold=0.0, return_binary_maps=True)[0]
-        theirs = sorted(((round(s["score"], 4), s["label_id"], int(m.sum())) for s, m in
-                         zip(them["segments_info"], them["segmentation"])), reverse=True)
-        assert sorted(((round(s["score"], 4), s["class"], int(s["mask"].sum())) for s in ours), reverse=True) == theirs
+        bits = lambda m: np.asarray(m).astype(bool).tobytes()  # noqa: E731
+        theirs = sorted((round(s["score"], 4), s["label_id"], bits(m)) for s, m in zip(them["segments_info"], them["segmentation"]))
+        assert sorted((round(s["score"], 4), s["class"], bits(s["mask"])) for s in ours) == theirs
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -2150,8 +2170,21 @@ def test_loss_and_gradients_equal_transformers(exact, monkeypatch):
     assert max(worst.values()) < 1e-4, max(worst.items(), key=lambda item: item[1])
 
 
+def test_loss_equals_transformers_in_fp32(pair, monkeypatch):
+    theirs, ours, _ = pair
+    scenes = [toy_scene(i) for i in (5, 6)]
+    x = torch.stack([s[0] for s in scenes])
+    truth = [m2f.targets(ids, parts, [False, True, True], "panoptic") for _, ids, parts in scenes]
+    monkeypatch.setattr(torch, "rand", same_points)
+    with torch.no_grad():
+        a = theirs((x - ours.mean) / ours.std, mask_labels=[t["masks"].float() for t in truth],
+                   class_labels=[t["labels"] for t in truth]).loss
+        b, _ = ours.loss(ours(x), truth)
+    assert a.dtype == b.dtype == torch.float32 and abs(a - b) < 1e-4 * abs(a)
+
+
 @pytest.mark.parametrize("name, queries", [("swin_t", 100), ("swin_s", 100), ("swin_b", 100), ("swin_l", 200)])
-def test_every_size_by_key_and_shape(name, queries):
+def test_every_public_size_by_key_and_shape(name, queries):
     pytest.importorskip("transformers")
     with torch.device("meta"):
         theirs, ours = public_model(name, 133, queries).state_dict(), m2f.Mask2Former(133, name, queries=queries).state_dict()
@@ -2159,7 +2192,7 @@ def test_every_size_by_key_and_shape(name, queries):
     assert {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in ours.items()}
 
 
-def test_finds_task_and_size_in_the_folder(pair):
+def test_finds_task_and_size_in_the_public_folder(pair):
     _, ours, folder = pair
     assert ours.config["task"] == "instance" and ours.config["backbone"] == "swin_t" and ours.config["num_classes"] == 7
     with open(folder / "config.json") as f:
