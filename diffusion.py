@@ -55,16 +55,17 @@ class Schedule:
         assert spacing in ("leading", "trailing", "linspace"), spacing
         self.config = dict(kind=kind, prediction=prediction, spacing=spacing, offset=offset, T=T)
         self.prediction, self.spacing, self.offset, self.T = prediction, spacing, offset, T
-        if kind == "scaled_linear":
-            betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, T, dtype=torch.float32) ** 2
+        if kind == "scaled_linear":                                      # cpu: `load` builds models on a GPU
+            betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, T, dtype=torch.float32, device="cpu") ** 2
             alpha_bar = torch.cumprod(1 - betas, 0)
         elif kind == "cosine":
-            angle = torch.linspace(math.atan(0.002), math.atan(80.0), T, dtype=torch.float64)
+            angle = torch.linspace(math.atan(0.002), math.atan(80.0), T, dtype=torch.float64, device="cpu")
             alpha_bar = (torch.cos(angle) ** 2).float()
         else:
             raise ValueError(f"schedule kind {kind!r}: scaled_linear or cosine")
         self.a, self.s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()        # (T,), (T,)
         self.sigmas = ((1 - alpha_bar) / alpha_bar).sqrt()               # (T,) rising
+        self.log_sigmas = np.array([math.log(sigma) for sigma in self.sigmas.tolist()])
 
     @classmethod
     def from_public(cls, path):
@@ -122,7 +123,7 @@ class Schedule:
 
     def t_of(self, sigma):
         """A noise level -> its (fractional) step in [0, T - 1], linear in log sigma."""
-        return float(np.interp(math.log(max(sigma, 1e-10)), self.sigmas.log().numpy(), np.arange(self.T)))
+        return float(np.interp(math.log(max(sigma, 1e-10)), self.log_sigmas, np.arange(self.T)))
 
     def grid(self, n, sampler):
         """n steps of a sampler -> n + 1 falling sigmas (the last is where it ends) and the n time steps."""

@@ -125,6 +125,12 @@ def test_targets_and_to_x0_agree(kind, prediction):
         assert torch.allclose(schedule.to_x0(out, x, schedule.sigmas[t].item()), x0, atol=2e-3)
 
 
+def test_a_schedule_stays_on_the_cpu():
+    with torch.device("meta"):                                           # as `load` does with a GPU
+        schedule = diffusion.Schedule()
+    assert all(schedule.t_of(sigma) == i for i, sigma in enumerate(schedule.sigmas.tolist()))
+
+
 @pytest.mark.parametrize("sampler", ["euler", "ddim", "dpm++", "edm"])
 def test_samplers_reach_a_gaussian_exactly(sampler):
     """Data of N(m, s^2) has the closed-form denoiser (s^2 x + sigma^2 m) / (s^2 + sigma^2)."""
