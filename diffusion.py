@@ -17,6 +17,7 @@ Dimension key: B batch, C channels, H W pixels.
 """
 import argparse
 import contextlib
+import datetime
 import hashlib
 import json
 import math
@@ -265,12 +266,19 @@ class EMA:
     @contextlib.contextmanager
     def applied(self):
         """The model carries the average inside the block and its own weights again after it."""
-        own = {name: p.detach().clone() for name, p in self.params.items()}
+        self.swap()
         try:
-            self.copy(self.shadow)
             yield
         finally:
-            self.copy(own)
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self):
+        """Exchanges weights and average, one tensor at a time: no second copy of the model."""
+        for name, p in self.params.items():
+            own = p.clone()
+            p.copy_(self.shadow[name])
+            self.shadow[name].copy_(own)
 
     @torch.no_grad()
     def copy(self, source):
@@ -354,7 +362,8 @@ def start(device="auto"):
     if device == "cuda" and world > 1:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
+                                timeout=datetime.timedelta(days=2))      # ranks may end hours apart
     torch.set_float32_matmul_precision("high")                           # TF32 on CUDA; nothing changes on the CPU
     return torch.device(device), rank, world
 
@@ -386,7 +395,8 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
     first = resume(out, model, average, optimiser, recipe)
     net = torch.compile(model) if compile else model                     # train net, save model: clean key names
     if world > 1 and not shard:
-        net = nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
+        net = nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None,
+                                                  gradient_as_bucket_view=True)
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=Batches(len(dataset), batch * accumulate, first, steps, seed, rank),
         num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0)
@@ -419,8 +429,8 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
                 with average.applied():
                     save(model, out, rank)
                     if rank == 0:
-                        shown = load(type(model), out, device) if shard else model.eval()
-                        line.update(show(shown, out, picture, measure))
+                        line.update(show(load(type(model), out, device) if shard else model.eval(), out,
+                                         picture, measure))              # what is loaded is kept nowhere
                 model.train()
             if rank == 0:
                 report(out, line, bar)
@@ -477,12 +487,12 @@ def resume(out, model, average, optimiser, recipe):
         Path(out).mkdir(parents=True, exist_ok=True)
         for left in out.glob(".*.tmp*"):                                 # of a run that was killed while it wrote
             left.unlink(missing_ok=True)
-    path, shards = out / "state.pt", any(isinstance(p, DTensor) for p in average.params.values())
+    path = out / "state.pt"
     if not path.exists():
         (out / "log.jsonl").unlink(missing_ok=True)
         return 0
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=shards)   # a part for each rank
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)     # ranks share it
         old = json.loads(state["recipe"])
     except Exception as error:
         sys.exit(f"{path}: looked for a state to resume, found {type(error).__name__}; delete {out} to start afresh")

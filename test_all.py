@@ -198,6 +198,19 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
     assert steps[0] == steps[1] == [2, 4, 6, 8, 10, 12]
 
 
+def test_the_average_is_lent_and_given_back():
+    net = diffusion.Points(8)
+    first = [p.detach().clone() for p in net.parameters()]
+    average = diffusion.EMA(net)
+    for p in net.parameters():
+        p.data += 1
+    for _ in range(2):
+        with average.applied():
+            assert all(torch.equal(p, a) for p, a in zip(net.parameters(), first))
+        assert all(torch.equal(p, a + 1) for p, a in zip(net.parameters(), first))
+        assert all(torch.equal(p, a) for p, a in zip(average.shadow.values(), first))
+
+
 def test_nan_loss_stops_and_keeps_the_last_state(tmp_path):
     with pytest.raises(SystemExit, match="step 7"):
         toy(tmp_path, 12, spoil=7)

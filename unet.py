@@ -698,7 +698,7 @@ class VAEEncoder(VAEHalf):
     def forward(self, x):
         x = self.conv_in(x)
         for block in self.down_blocks:
-            x, _ = block(x, None, None)
+            x = block(x, None, None)[0]                             # the skips are not kept
         return self.out(self.mid_block(x, None, None))
 
 
