@@ -404,6 +404,31 @@ def test_cuda_without_cuda():
     assert "found none" in script("masksyn.py", "--device", "cuda", ok=False).stderr
 
 
+def test_the_crop_of_a_mirror_image_is_counted_in_it(tmp_path):
+    """Column x of a picture 64 wide has the value x: what is seen says where it was cut."""
+    folder(tmp_path, n=1)
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (32, 64, 3))
+    Image.fromarray(ramp.copy()).save(tmp_path / "images/000.png")
+    Image.fromarray(ramp[:, :, 0] % 4).save(tmp_path / "masks/000.png")
+    tokenize = nets.TextEncoder().tokenize
+    data, mirrored = text2mask.Pairs(tmp_path, (32, 32), tokenize), set()
+    for seed in range(40):
+        item = data[0, seed]
+        seen = ((item["image"][0, 0] + 1) * 127.5).round().int()         # (32,)
+        mirrored.add(mirror := bool(seen[0] > seen[-1]))
+        assert seen[0] == (63 - item["time_ids"][3] if mirror else item["time_ids"][3])
+        assert torch.equal(item["codes"][0], seen.long() % 4)
+    assert mirrored == {True, False}
+
+
+@pytest.mark.parametrize("size, scale", [(32, 2), (264, 1)])
+def test_a_contact_sheet_of_large_pictures_is_not_enlarged(tmp_path, size, scale):
+    import masksyn
+    folder(tmp_path, n=1, size=size)
+    masksyn.contact_sheet(tmp_path, text2mask.read_classes(tmp_path))
+    assert Image.open(tmp_path / "samples.png").width == 8 * size * scale
+
+
 # ---- what the files promise -------------------------------------------------------------------------------------
 
 def siblings(name):

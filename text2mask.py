@@ -248,7 +248,8 @@ class Pairs(torch.utils.data.Dataset):
         caption = lines[rng.integers(len(lines))] if self.augment else lines[0]
         words = caption.lower().replace(",", " ").split()
         mirror = self.augment and rng.random() < 0.5 and not {"left", "right"} & set(words)
-        fit, h, w = placed(image.size, self.size, rng if self.augment else None)
+        fit, h, w, room = placed(image.size, self.size, rng if self.augment else None)
+        w = room - w if mirror else w                                    # the mirror image's crop
         if self.images:
             pixels = np.asarray(fit(image.convert("RGB"), Image.Resampling.BOX))
             out["image"] = flipped(torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1, mirror)
@@ -265,7 +266,7 @@ class Pairs(torch.utils.data.Dataset):
 
 def placed(source, size, rng):
     """Scales a picture of (W, H) `source` to cover (H, W) `size` and crops (random with rng, else the middle)
-    -> (the function (picture, resampling) -> picture, crop top, crop left)."""
+    -> (the function (picture, resampling) -> picture, crop top, crop left, the largest crop left)."""
     scale = max(size[1] / source[0], size[0] / source[1])
     w, h = max(round(source[0] * scale), size[1]), max(round(source[1] * scale), size[0])
     at = [int(rng.integers(room + 1)) if rng else room // 2 for room in (h - size[0], w - size[1])]
@@ -274,7 +275,7 @@ def placed(source, size, rng):
     def fit(picture, resampling):
         picture = picture if picture.size == (w, h) else picture.resize((w, h), resampling)
         return picture.crop(box)
-    return fit, *at
+    return fit, *at, w - size[1]
 
 
 def flipped(tensor, mirror):
