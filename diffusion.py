@@ -75,15 +75,18 @@ class Schedule:
             config = dict(json.loads(Path(path).read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{path}: looked for JSON, found {type(error).__name__}; download it again")
-        only = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", trained_betas=None,
-                    rescale_betas_zero_snr=False, use_karras_sigmas=False, use_exponential_sigmas=False,
-                    use_beta_sigmas=False)
-        wrong = [f"{key} = {config[key]!r}" for key, value in only.items() if config.get(key, value) != value]
-        if "num_train_timesteps" not in config or wrong:
-            found = ", ".join(wrong) or "no num_train_timesteps"
-            raise ValueError(f"{path}: looked for SDXL's noise levels, found {found}; download its own")
-        return cls(prediction=config.get("prediction_type", "epsilon"), T=config["num_train_timesteps"],
-                   spacing=config.get("timestep_spacing", "leading"), offset=config.get("steps_offset", 0))
+        off = ("trained_betas", "rescale_betas_zero_snr", "use_karras_sigmas", "use_exponential_sigmas",
+               "use_beta_sigmas")
+        allowed = dict.fromkeys(off, (None, False)) | dict(              # None: a file may be without it
+            beta_start=(0.00085,), beta_end=(0.012,), beta_schedule=("scaled_linear",),
+            num_train_timesteps=(1000,), prediction_type=("epsilon", "v_prediction", "sample"),
+            timestep_spacing=("leading", "trailing", "linspace"), steps_offset=(None, 0, 1))
+        wrong = [f"{key} = {config.get(key)!r}" for key in allowed if config.get(key) not in allowed[key]]
+        if wrong:
+            raise ValueError(f"{path}: looked for SDXL's noise levels, found {', '.join(wrong)}; "
+                             "download its own")
+        return cls(prediction=config["prediction_type"], spacing=config["timestep_spacing"],
+                   offset=config.get("steps_offset") or 0)
 
     def scales(self, t, like):
         """t (B,) long -> a_t, s_t, shaped to broadcast over like (B, ...)."""

@@ -2472,17 +2472,26 @@ def test_sdxl_end_to_end_and_the_public_pipeline_agrees(sdxl, photos, tmp_path, 
     assert (other - model.draw(["a red cat"], [7], 8, 1.0, "euler", (48, 48), (cond,))).abs().max() > 1e-2
 
 
-def test_a_public_controlnet_is_trained_on(sdxl, photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("depth", [2, 1])
+def test_a_public_controlnet_is_trained_on(sdxl, photos, tmp_path, monkeypatch, depth):
+    """One as deep as the UNet's encoder, and a smaller one; one of other widths is refused."""
     diffusers = pytest.importorskip("diffusers")
     import mask2img
     net = diffusers.UNet2DConditionModel.from_pretrained(sdxl / "base" / "unet")
-    theirs = noisy(diffusers.ControlNetModel.from_unet(net, conditioning_embedding_out_channels=(8, 8, 16, 32)), seed=4)
+    own = diffusers.ControlNetModel.from_unet(net, conditioning_embedding_out_channels=(8, 8, 16, 32)).config
+    own = dict(own) | dict(transformer_layers_per_block=(1, depth))
+    theirs = noisy(diffusers.ControlNetModel.from_config(own), seed=4)
     theirs.save_pretrained(tmp_path / "theirs")
     run(monkeypatch, mask2img, "train", *paper(sdxl / "base", photos, tmp_path / "m", steps=1, lr=1e-12,
                                                controlnet=tmp_path / "theirs"))
     ours = diffusion.load(mask2img.Mask2Img, tmp_path / "m").controlnet.state_dict()
     assert ours.keys() == theirs.state_dict().keys()
     assert all(torch.allclose(p, ours[name], atol=1e-6) for name, p in theirs.state_dict().items())
+    wide = diffusers.ControlNetModel.from_config(own | dict(block_out_channels=(16, 48)))
+    wide.save_pretrained(tmp_path / "wide")
+    flags = paper(sdxl / "base", photos, tmp_path / "no", controlnet=tmp_path / "wide")
+    with pytest.raises(SystemExit, match="block_out_channels"):
+        run(monkeypatch, mask2img, "train", *flags)
 
 
 def test_a_stopped_sdxl_training_resumes_bit_for_bit(sdxl, photos, tmp_path, monkeypatch):
@@ -2566,6 +2575,13 @@ def spoiled_sdxl(base, out, how):
         weights.write_bytes(weights.read_bytes()[:-1000])
     elif how == "pickle":
         weights.rename(weights.with_suffix(".bin"))
+    elif how in ("no end token", "other merges", "a token too many"):
+        path = out / "tokenizer" / "tokenizer.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        ids, merges = content["model"]["vocab"], content["model"]["merges"]
+        {"no end token": lambda: ids.pop(nets.END), "other merges": lambda: merges.append(["qq", "zz"]),
+         "a token too many": lambda: ids.update(new=len(ids))}[how]()
+        path.write_text(json.dumps(content), encoding="utf-8")
     elif how == "sd 1.5":
         (out / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     elif how in ("vae", "text_encoder_2", "scheduler"):
@@ -2588,6 +2604,15 @@ def spoiled_sdxl(base, out, how):
     ("unet/config.json: addition_embed_type = null", "addition_embed_type"),
     ("unet/config.json: block_out_channels = [16, 48]", "another shape"), ("vae/config.json: _class_name = \"VQModel\"", "VQModel"),
     ("scheduler/scheduler_config.json: beta_start = 0.1", "beta_start"),
+    ("scheduler/scheduler_config.json: beta_start = null", "beta_start = None"),
+    ("scheduler/scheduler_config.json: timestep_spacing = \"no\"", "timestep_spacing = 'no'"),
+    ("scheduler/scheduler_config.json: prediction_type = \"flow\"", "prediction_type = 'flow'"),
+    ("unet/config.json: in_channels = 9", "in_channels is 9, not 4"),
+    ("unet/config.json: cross_attention_dim = 48", "cross_attention_dim is 48, not 40"),
+    ("unet/config.json: projection_class_embeddings_input_dim = 80", "is 80, not 72"),
+    ("tokenizer_2/tokenizer.json: model = null", "'<|startoftext|>'"), ("no end token", "'<|endoftext|>'"),
+    ("tokenizer_2/tokenizer_config.json: pad_token = null", "no None"), ("other merges", "'qqzz'"),
+    ("a token too many", "vocab_size"),
     ("text_encoder/config.json: hidden_act = \"relu\"", "hidden_act")])
 def test_a_wrong_sdxl_folder_is_told_in_one_line(sdxl, photos, tmp_path, monkeypatch, how, words):
     base = spoiled_sdxl(sdxl / "base", tmp_path / "base", how)

@@ -322,6 +322,7 @@ class TextToImage(nn.Module):
             self.unet = networks.empty_part(UNet, Path(base) / "unet")
             self.schedule = Schedule.from_public(Path(base) / "scheduler" / "scheduler_config.json")
             self.text, self.vae = frozen(str(base), str(torch.get_default_device()))
+            networks.check_fit(self.unet, self.text, self.vae, base)
         if wrong := [side for side in size if side % self.vae.factor]:
             sys.exit(f"--size: looked for multiples of the VAE's factor {self.vae.factor}, found {wrong[0]}; "
                      "give a size that is one")
