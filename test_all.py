@@ -2513,9 +2513,10 @@ def test_a_stopped_sdxl_training_resumes_bit_for_bit(sdxl, photos, tmp_path, mon
 
 
 def test_bf16_as_on_a_gpu(sdxl, photos, tmp_path, monkeypatch):
-    """What CUDA does, on the CPU: autocast, frozen weights in bf16, the VAE in fp32; training, sampling, no bad dtype."""
+    """What CUDA does, on the CPU: autocast in training, frozen weights and sampling in bf16, VAE fp32."""
     import mask2img
-    losses = {}
+    import masksyn
+    losses, drawn = {}, []
     for kind in (torch.float32, torch.bfloat16):
         text2mask.frozen.cache_clear()
         monkeypatch.setattr(diffusion, "precision", lambda device: kind)
@@ -2523,6 +2524,17 @@ def test_bf16_as_on_a_gpu(sdxl, photos, tmp_path, monkeypatch):
             run(monkeypatch, module, "train", *paper(sdxl / "base", photos, tmp_path / f"{name}{kind}", steps=1))
             log = (tmp_path / f"{name}{kind}" / "log.jsonl").read_text()
             losses.setdefault(name, []).append(json.loads(log)["loss"])
+        text2mask.frozen.cache_clear()
+        model = diffusion.load(mask2img.Mask2Img, tmp_path / "mtorch.float32")           # the same network
+        cond = model.condition(torch.arange(48 * 48).reshape(1, 48, 48) % 5)
+        drawn.append(model.draw(["a red cat"], [7], 4, 3.0, "dpm++", (48, 48), (cond,), (cond,)))
+    assert 0 < error(drawn[1], drawn[0]) < 0.05
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusion, "autocast", None)                        # bf16 weights are sampled without
+        run(monkeypatch, masksyn, "--data", photos, "--text2mask", tmp_path / "ttorch.bfloat16", "--mask2img",
+            tmp_path / "mtorch.bfloat16", "--limit", 2, "--steps", 2, "--mask-steps", 2, "--device", "cpu",
+            "--out", tmp_path / "pairs")
+    assert len(list((tmp_path / "pairs" / "images").iterdir())) == 2
     text2mask.frozen.cache_clear()
     model = diffusion.load(mask2img.Mask2Img, tmp_path / "mtorch.bfloat16")
     kinds = {name: {p.dtype for p in part.parameters()} for name, part in model.named_children()}

@@ -350,9 +350,10 @@ class TextToImage(nn.Module):
             return self.vae.decode(z.float())
 
     def autocast(self):
-        """bf16 on CUDA at paper scale; small models sample in fp32."""
-        device = next(self.parameters()).device
-        return contextlib.nullcontext() if self.vae is None else diffusion.autocast(device)
+        """bf16 on CUDA at paper scale; small models sample in fp32, and loaded ones are bf16 already."""
+        p = next((getattr(self, "stored", None) or self.unet).parameters())
+        ready = self.vae is None or p.dtype == torch.bfloat16
+        return contextlib.nullcontext() if ready else diffusion.autocast(p.device)
 
     def encoded(self, captions, device):
         """B captions -> context (B, L, D), pooled (B, P). SDXL's encoders read each caption alone and once,

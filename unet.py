@@ -249,7 +249,7 @@ def checkpointed(forward):
     """A forward that keeps only its inputs and runs again in backward, once `module.checkpointing` is set."""
     def wrapped(self, *args):
         if getattr(self, "checkpointing", False) and torch.is_grad_enabled():
-            return checkpoint(forward, self, *args, use_reentrant=False)
+            return checkpoint(forward, self, *args, use_reentrant=False, preserve_rng_state=False)
         return forward(self, *args)
     return wrapped
 
@@ -570,6 +570,7 @@ class UNet(Encoder):
         -> (B, out_channels, H, W)."""
         patch = self.config["patch_size"]
         down, middle, fine = residuals or ((), 0, None)
+        x = x.to(self.conv_in.weight.dtype)                         # bf16 weights need no autocast
         time = self.embed(t, pooled, time_ids)                      # (B, T)
         h = self.conv_in(F.pixel_unshuffle(x, patch))               # (B, C, H / patch, W / patch)
         h, skips = self.encode(h, time, context)
@@ -644,6 +645,7 @@ class ControlNet(Encoder):
     def forward(self, x, t, context, pooled, time_ids, cond, scale=1.0):
         """As UNet's; cond: colour map (B, 3, H, W) in [0, 1] at the picture's full size -> residuals for the
         UNet: (one for each skip, one for the middle, one for the head or None), all times `scale`."""
+        x, cond = (a.to(self.conv_in.weight.dtype) for a in (x, cond))
         time = self.embed(t, pooled, time_ids)                      # (B, T)
         h = self.conv_in(F.pixel_unshuffle(x, self.config["patch_size"]))  # (B, C, h, w)
         h, skips = self.encode(h + self.controlnet_cond_embedding(cond), time, context)
