@@ -17,6 +17,7 @@ Dimension key: B batch, C channels, H W pixels.
 """
 import argparse
 import contextlib
+import datetime
 import hashlib
 import json
 import math
@@ -55,16 +56,17 @@ class Schedule:
         assert spacing in ("leading", "trailing", "linspace"), spacing
         self.config = dict(kind=kind, prediction=prediction, spacing=spacing, offset=offset, T=T)
         self.prediction, self.spacing, self.offset, self.T = prediction, spacing, offset, T
-        if kind == "scaled_linear":
-            betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, T, dtype=torch.float32) ** 2
+        if kind == "scaled_linear":                                      # cpu: `load` builds models on a GPU
+            betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, T, dtype=torch.float32, device="cpu") ** 2
             alpha_bar = torch.cumprod(1 - betas, 0)
         elif kind == "cosine":
-            angle = torch.linspace(math.atan(0.002), math.atan(80.0), T, dtype=torch.float64)
+            angle = torch.linspace(math.atan(0.002), math.atan(80.0), T, dtype=torch.float64, device="cpu")
             alpha_bar = (torch.cos(angle) ** 2).float()
         else:
             raise ValueError(f"schedule kind {kind!r}: scaled_linear or cosine")
         self.a, self.s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()        # (T,), (T,)
         self.sigmas = ((1 - alpha_bar) / alpha_bar).sqrt()               # (T,) rising
+        self.log_sigmas = np.array([math.log(sigma) for sigma in self.sigmas.tolist()])
 
     @classmethod
     def from_public(cls, path):
@@ -73,15 +75,18 @@ class Schedule:
             config = dict(json.loads(Path(path).read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{path}: looked for JSON, found {type(error).__name__}; download it again")
-        only = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", trained_betas=None,
-                    rescale_betas_zero_snr=False, use_karras_sigmas=False, use_exponential_sigmas=False,
-                    use_beta_sigmas=False)
-        wrong = [f"{key} = {config[key]!r}" for key, value in only.items() if config.get(key, value) != value]
-        if "num_train_timesteps" not in config or wrong:
-            found = ", ".join(wrong) or "no num_train_timesteps"
-            raise ValueError(f"{path}: looked for SDXL's noise levels, found {found}; download its own")
-        return cls(prediction=config.get("prediction_type", "epsilon"), T=config["num_train_timesteps"],
-                   spacing=config.get("timestep_spacing", "leading"), offset=config.get("steps_offset", 0))
+        off = ("trained_betas", "rescale_betas_zero_snr", "use_karras_sigmas", "use_exponential_sigmas",
+               "use_beta_sigmas")
+        allowed = dict.fromkeys(off, (None, False)) | dict(              # None: a file may be without it
+            beta_start=(0.00085,), beta_end=(0.012,), beta_schedule=("scaled_linear",),
+            num_train_timesteps=(1000,), prediction_type=("epsilon", "v_prediction", "sample"),
+            timestep_spacing=("leading", "trailing", "linspace"), steps_offset=(None, 0, 1))
+        wrong = [f"{key} = {config.get(key)!r}" for key in allowed if config.get(key) not in allowed[key]]
+        if wrong:
+            raise ValueError(f"{path}: looked for SDXL's noise levels, found {', '.join(wrong)}; "
+                             "download its own")
+        return cls(prediction=config["prediction_type"], spacing=config["timestep_spacing"],
+                   offset=config.get("steps_offset") or 0)
 
     def scales(self, t, like):
         """t (B,) long -> a_t, s_t, shaped to broadcast over like (B, ...)."""
@@ -122,7 +127,7 @@ class Schedule:
 
     def t_of(self, sigma):
         """A noise level -> its (fractional) step in [0, T - 1], linear in log sigma."""
-        return float(np.interp(math.log(max(sigma, 1e-10)), self.sigmas.log().numpy(), np.arange(self.T)))
+        return float(np.interp(math.log(max(sigma, 1e-10)), self.log_sigmas, np.arange(self.T)))
 
     def grid(self, n, sampler):
         """n steps of a sampler -> n + 1 falling sigmas (the last is where it ends) and the n time steps."""
@@ -264,12 +269,19 @@ class EMA:
     @contextlib.contextmanager
     def applied(self):
         """The model carries the average inside the block and its own weights again after it."""
-        own = {name: p.detach().clone() for name, p in self.params.items()}
+        self.swap()
         try:
-            self.copy(self.shadow)
             yield
         finally:
-            self.copy(own)
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self):
+        """Exchanges weights and average, one tensor at a time: no second copy of the model."""
+        for name, p in self.params.items():
+            own = p.clone()
+            p.copy_(self.shadow[name])
+            self.shadow[name].copy_(own)
 
     @torch.no_grad()
     def copy(self, source):
@@ -353,7 +365,8 @@ def start(device="auto"):
     if device == "cuda" and world > 1:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
+                                timeout=datetime.timedelta(days=2))      # ranks may end hours apart
     torch.set_float32_matmul_precision("high")                           # TF32 on CUDA; nothing changes on the CPU
     return torch.device(device), rank, world
 
@@ -385,7 +398,8 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
     first = resume(out, model, average, optimiser, recipe)
     net = torch.compile(model) if compile else model                     # train net, save model: clean key names
     if world > 1 and not shard:
-        net = nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
+        net = nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None,
+                                                  gradient_as_bucket_view=True)
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=Batches(len(dataset), batch * accumulate, first, steps, seed, rank),
         num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0)
@@ -418,8 +432,8 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
                 with average.applied():
                     save(model, out, rank)
                     if rank == 0:
-                        shown = load(type(model), out, device) if shard else model.eval()
-                        line.update(show(shown, out, picture, measure))
+                        line.update(show(load(type(model), out, device) if shard else model.eval(), out,
+                                         picture, measure))              # what is loaded is kept nowhere
                 model.train()
             if rank == 0:
                 report(out, line, bar)
@@ -476,12 +490,12 @@ def resume(out, model, average, optimiser, recipe):
         Path(out).mkdir(parents=True, exist_ok=True)
         for left in out.glob(".*.tmp*"):                                 # of a run that was killed while it wrote
             left.unlink(missing_ok=True)
-    path, shards = out / "state.pt", any(isinstance(p, DTensor) for p in average.params.values())
+    path = out / "state.pt"
     if not path.exists():
         (out / "log.jsonl").unlink(missing_ok=True)
         return 0
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=shards)   # a part for each rank
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)     # ranks share it
         old = json.loads(state["recipe"])
     except Exception as error:
         sys.exit(f"{path}: looked for a state to resume, found {type(error).__name__}; delete {out} to start afresh")

@@ -24,7 +24,7 @@ from text2mask import (dataset_folder, names_of, open_image, outlined, placed, r
 def read_mask(folder, name, K, size):
     """A human mask at the generator's (H, W) -> class ids and instances or None, both (H, W) uint8."""
     ids = read_ids(folder / "masks" / f"{name}.png", K)
-    fit, _, _ = placed((ids.shape[1], ids.shape[0]), size, None)
+    fit, *_ = placed((ids.shape[1], ids.shape[0]), size, None)
     path = folder / "instances" / f"{name}.png"
     maps = [ids, np.array(open_image(path, "instance mask"))] if path.exists() else [ids]
     maps = [np.asarray(fit(Image.fromarray(m), Image.Resampling.NEAREST)) for m in maps]

@@ -39,7 +39,7 @@ MIN_SNR = 5.0                  # weight of nearly clean inputs: plain x0 loss (1
 
 
 class Mask2Img(TextToImage):
-    """A base and a ControlNet. controlnet: its constructor arguments beside the UNet's; classes: [{"name"}].
+    """A base and a ControlNet. controlnet: its arguments where not the UNet's; classes: [{"name"}].
 
     On SDXL (base) the UNet is frozen and has its weights; the ControlNet has none until it is given them."""
 
@@ -141,10 +141,10 @@ def on_sdxl(args, classes):
     """A new Mask2Img on frozen SDXL; the ControlNet copies the UNet's encoder, or is that of --controlnet."""
     with torch.device(diffusion.start(args.device)[0]), told():
         device, own = torch.get_default_device(), {}
-        if args.controlnet:                                              # by others: its own widths
+        if args.controlnet:                                              # by others: of its own depth
             given = networks.read_part(ControlNet, args.controlnet, device)
-            own = ("conditioning_channels", "conditioning_embedding_out_channels")
-            own = {key: given.config[key] for key in own}
+            networks.check_control(given, networks.empty_part(UNet, args.init / "unet"), args.controlnet)
+            own = given.config
         model = Mask2Img(base=args.init, size=args.size, controlnet=own, classes=classes, edges=args.edges)
         if not args.controlnet:                                          # from fp32: the frozen may be bf16
             given = ControlNet.from_unet(networks.read_part(UNet, args.init / "unet", device))

@@ -78,8 +78,9 @@ def contact_sheet(out, classes, count=24, columns=8):
     blank = [np.full_like(images[0], 255)] * (-len(images) % columns)
     rows = [[*[encode(m, len(classes)) for m in masks], *blank], [*images, *blank]]
     rows = [row[i:i + columns] for i in range(0, len(rows[0]), columns) for row in rows]
+    scale = 2 if max(masks[0].shape) <= 256 else 1
     with replacing(out / "samples.png") as path:
-        legend(grid(rows), np.concatenate([m.ravel() for m in masks]), classes).save(path)
+        legend(grid(rows, scale), np.concatenate([m.ravel() for m in masks]), classes).save(path)
 
 
 def synthesize(args, stage, sources, per, make, classes, meta):

@@ -125,6 +125,12 @@ def test_targets_and_to_x0_agree(kind, prediction):
         assert torch.allclose(schedule.to_x0(out, x, schedule.sigmas[t].item()), x0, atol=2e-3)
 
 
+def test_a_schedule_stays_on_the_cpu():
+    with torch.device("meta"):                                           # as `load` does with a GPU
+        schedule = diffusion.Schedule()
+    assert all(schedule.t_of(sigma) == i for i, sigma in enumerate(schedule.sigmas.tolist()))
+
+
 @pytest.mark.parametrize("sampler", ["euler", "ddim", "dpm++", "edm"])
 def test_samplers_reach_a_gaussian_exactly(sampler):
     """Data of N(m, s^2) has the closed-form denoiser (s^2 x + sigma^2 m) / (s^2 + sigma^2)."""
@@ -139,7 +145,7 @@ def test_samplers_reach_a_gaussian_exactly(sampler):
 @pytest.mark.parametrize("sampler", ["euler", "ddim", "dpm++"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_peer_schedulers_walk_the_same_way(sampler, steps, spacing, tmp_path):
-    """On SDXL's scheduler_config.json and a spacing, with any network: the same time steps, the same end."""
+    """On SDXL's scheduler_config.json and a spacing, with any network: the same steps, inputs and end."""
     peers = pytest.importorskip("diffusers")
     config = SDXL_NOISE | dict(timestep_spacing=spacing, clip_sample=False, set_alpha_to_one=False)
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -149,13 +155,19 @@ def test_peer_schedulers_walk_the_same_way(sampler, steps, spacing, tmp_path):
     schedule = diffusion.Schedule.from_public(tmp_path / "config.json")
     torch.manual_seed(0)
     noise, mix = torch.randn(2, 4, 8, 8), torch.randn(4, 4) / 3
-    net = lambda x, t: torch.einsum("bchw,dc->bdhw", x, mix) * math.cos(float(t) / 300)
+    seen = []
+
+    def net(x, t):
+        seen.append(x)
+        return torch.einsum("bchw,dc->bdhw", x, mix) * math.cos(float(t) / 300)
     x = noise * peer.init_noise_sigma
     for t in peer.timesteps:
         x = peer.step(net(peer.scale_model_input(x, t), t), t, x).prev_sample
     ours = diffusion.sample(diffusion.denoiser(lambda x, t: net(x, t[0]), schedule, ()), schedule, noise, steps, sampler)
     assert schedule.grid(steps, sampler)[1] == [float(t) for t in peer.timesteps]
     assert (ours - x).abs().max() / x.abs().max() < 1e-5
+    assert len(seen) == 2 * steps
+    assert all(error(a, b) < 1e-5 for a, b in zip(seen[steps:], seen[:steps]))
 
 
 def test_guidance_in_one_batch_equals_two_calls():
@@ -190,6 +202,19 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
     steps = [[json.loads(line)["step"] for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in "ab"]
     assert steps[0] == steps[1] == [2, 4, 6, 8, 10, 12]
+
+
+def test_the_average_is_lent_and_given_back():
+    net = diffusion.Points(8)
+    first = [p.detach().clone() for p in net.parameters()]
+    average = diffusion.EMA(net)
+    for p in net.parameters():
+        p.data += 1
+    for _ in range(2):
+        with average.applied():
+            assert all(torch.equal(p, a) for p, a in zip(net.parameters(), first))
+        assert all(torch.equal(p, a + 1) for p, a in zip(net.parameters(), first))
+        assert all(torch.equal(p, a) for p, a in zip(average.shadow.values(), first))
 
 
 def test_nan_loss_stops_and_keeps_the_last_state(tmp_path):
@@ -383,6 +408,31 @@ def test_bad_commands_are_told_in_one_line(command, words):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_cuda():
     assert "found none" in script("masksyn.py", "--device", "cuda", ok=False).stderr
+
+
+def test_the_crop_of_a_mirror_image_is_counted_in_it(tmp_path):
+    """Column x of a picture 64 wide has the value x: what is seen says where it was cut."""
+    folder(tmp_path, n=1)
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (32, 64, 3))
+    Image.fromarray(ramp.copy()).save(tmp_path / "images/000.png")
+    Image.fromarray(ramp[:, :, 0] % 4).save(tmp_path / "masks/000.png")
+    tokenize = nets.TextEncoder().tokenize
+    data, mirrored = text2mask.Pairs(tmp_path, (32, 32), tokenize), set()
+    for seed in range(40):
+        item = data[0, seed]
+        seen = ((item["image"][0, 0] + 1) * 127.5).round().int()         # (32,)
+        mirrored.add(mirror := bool(seen[0] > seen[-1]))
+        assert seen[0] == (63 - item["time_ids"][3] if mirror else item["time_ids"][3])
+        assert torch.equal(item["codes"][0], seen.long() % 4)
+    assert mirrored == {True, False}
+
+
+@pytest.mark.parametrize("size, scale", [(32, 2), (264, 1)])
+def test_a_contact_sheet_of_large_pictures_is_not_enlarged(tmp_path, size, scale):
+    import masksyn
+    folder(tmp_path, n=1, size=size)
+    masksyn.contact_sheet(tmp_path, text2mask.read_classes(tmp_path))
+    assert Image.open(tmp_path / "samples.png").width == 8 * size * scale
 
 
 # ---- what the files promise -------------------------------------------------------------------------------------
@@ -2354,8 +2404,7 @@ def test_gradients_equal_the_public_ones():
     public_call(theirs, *inputs())[0].square().sum().backward()
     ours(*inputs()).square().sum().backward()
     right = dict(theirs.named_parameters())
-    scale = max(p.grad.abs().max() for p in right.values())
-    assert all((p.grad - right[k].grad).abs().max() < 1e-5 * scale for k, p in ours.named_parameters())
+    assert all(error(p.grad, right[k].grad) < 1e-3 for k, p in ours.named_parameters())
 
 
 def test_what_we_write_opens_in_the_public_library(tmp_path):
@@ -2425,7 +2474,14 @@ def test_full_sdxl_has_the_public_keys_and_shapes():
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     with torch.device("meta"):
         ours = nets.UNet()
-        theirs = diffusers.UNet2DConditionModel(**ours.public_config())
+        theirs = diffusers.UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280), layers_per_block=2, attention_head_dim=(5, 10, 20),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_time_embed_dim=256,
+            addition_embed_type="text_time", projection_class_embeddings_input_dim=2816,
+            cross_attention_dim=2048)
+        read = nets.UNet.from_config(public_config(theirs))
         control = diffusers.ControlNetModel.from_unet(theirs, load_weights_from_unet=False)
         vae = diffusers.AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), layers_per_block=2,
@@ -2442,7 +2498,9 @@ def test_full_sdxl_has_the_public_keys_and_shapes():
             for k, v in theirs_first.state_dict().items()}
     with torch.device("meta"):
         assert keys == {k: v.shape for k, v in nets.CLIPText().state_dict().items()}
-    assert tuple(theirs.config.up_block_types) == ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+    assert public_config(read) == public_config(ours)
+    written = json.loads(json.dumps(ours.public_config()))
+    assert written | public_config(theirs) == public_config(theirs) | dict(_class_name="UNet2DConditionModel")
     for ours, theirs in pairs:
         assert ({k: v.shape for k, v in ours.state_dict().items()} ==
                 {k: v.shape for k, v in theirs.state_dict().items()}), type(ours).__name__
@@ -2588,11 +2646,16 @@ def test_a_network_comes_back_from_its_config():
 def test_recomputed_gradients_are_the_same():
     unet, _, text = tiny()
     data = [d.detach() for d in tiny_inputs(text, ["a red ball", "two cats"])]
-    grads = []
+    grads, calls = [], []
+    inner = unet.down_blocks[0].resnets[0].conv1, unet.mid_block.attentions[0].transformer_blocks[0].ff
+    for module in inner:
+        module.register_forward_pre_hook(lambda *_: calls.append(1))
     for on in (False, True):
         unet.recompute(on).zero_grad()
         unet(*data).square().mean().backward()
         grads.append([p.grad.clone() for p in unet.parameters()])
+        assert len(calls) == (4 if on else 2)                            # each once more in backward
+        calls.clear()
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads))
 
 
@@ -2713,8 +2776,17 @@ def test_sdxl_end_to_end_and_the_public_pipeline_agrees(sdxl, photos, tmp_path, 
         assert all(torch.equal(p, state["ema"][part + name]) for name, p in theirs.state_dict().items())
     shared = diffusion.load(text2mask.Text2Mask, tmp_path / "t"), diffusion.load(mask2img.Mask2Img, tmp_path / "m")
     assert shared[0].text is shared[1].text and shared[0].vae is shared[1].vae             # once in memory
+    unet = shared[1].unet.state_dict()
+    for name, p in shared[1].controlnet.state_dict().items():             # 3 steps of 1e-5 from copy and zero
+        if name in unet or ".conv_out." in name or name.startswith(("controlnet_down", "controlnet_mid")):
+            assert (p - unet.get(name, 0)).abs().max() < 1e-4, name
+    shared[0].text.__dict__.pop("memory", None)
+    encoded = []
+    hook = shared[0].text.register_forward_hook(lambda module, args, out: encoded.append(len(args[0])))
     run(monkeypatch, masksyn, "--data", photos, "--text2mask", tmp_path / "t", "--mask2img", tmp_path / "m", "--limit", 3,
         "--batch", 2, "--steps", 3, "--mask-steps", 3, "--out", tmp_path / "pairs", "--device", "cpu")
+    hook.remove()
+    assert encoded == [1, 1]                                              # one caption of all pairs, and none
     run(monkeypatch, imgsyn, "--data", photos, "--mask2img", tmp_path / "m", "--limit", 3, "--steps", 3, "--out",
         tmp_path / "again", "--device", "cpu")
     for pairs in ("pairs", "again"):
@@ -2740,17 +2812,26 @@ def test_sdxl_end_to_end_and_the_public_pipeline_agrees(sdxl, photos, tmp_path, 
     assert (other - model.draw(["a red cat"], [7], 8, 1.0, "euler", (48, 48), (cond,))).abs().max() > 1e-2
 
 
-def test_a_public_controlnet_is_trained_on(sdxl, photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("depth", [2, 1])
+def test_a_public_controlnet_is_trained_on(sdxl, photos, tmp_path, monkeypatch, depth):
+    """One as deep as the UNet's encoder, and a smaller one; one of other widths is refused."""
     diffusers = pytest.importorskip("diffusers")
     import mask2img
     net = diffusers.UNet2DConditionModel.from_pretrained(sdxl / "base" / "unet")
-    theirs = noisy(diffusers.ControlNetModel.from_unet(net, conditioning_embedding_out_channels=(8, 8, 16, 32)), seed=4)
+    own = diffusers.ControlNetModel.from_unet(net, conditioning_embedding_out_channels=(8, 8, 16, 32)).config
+    own = dict(own) | dict(transformer_layers_per_block=(1, depth))
+    theirs = noisy(diffusers.ControlNetModel.from_config(own), seed=4)
     theirs.save_pretrained(tmp_path / "theirs")
     run(monkeypatch, mask2img, "train", *paper(sdxl / "base", photos, tmp_path / "m", steps=1, lr=1e-12,
                                                controlnet=tmp_path / "theirs"))
     ours = diffusion.load(mask2img.Mask2Img, tmp_path / "m").controlnet.state_dict()
     assert ours.keys() == theirs.state_dict().keys()
     assert all(torch.allclose(p, ours[name], atol=1e-6) for name, p in theirs.state_dict().items())
+    wide = diffusers.ControlNetModel.from_config(own | dict(block_out_channels=(16, 48)))
+    wide.save_pretrained(tmp_path / "wide")
+    flags = paper(sdxl / "base", photos, tmp_path / "no", controlnet=tmp_path / "wide")
+    with pytest.raises(SystemExit, match="block_out_channels"):
+        run(monkeypatch, mask2img, "train", *flags)
 
 
 def test_a_stopped_sdxl_training_resumes_bit_for_bit(sdxl, photos, tmp_path, monkeypatch):
@@ -2772,9 +2853,10 @@ def test_a_stopped_sdxl_training_resumes_bit_for_bit(sdxl, photos, tmp_path, mon
 
 
 def test_bf16_as_on_a_gpu(sdxl, photos, tmp_path, monkeypatch):
-    """What CUDA does, on the CPU: autocast, frozen weights in bf16, the VAE in fp32; training, sampling, no bad dtype."""
+    """What CUDA does, on the CPU: autocast in training, frozen weights and sampling in bf16, VAE fp32."""
     import mask2img
-    losses = {}
+    import masksyn
+    losses, drawn = {}, []
     for kind in (torch.float32, torch.bfloat16):
         text2mask.frozen.cache_clear()
         monkeypatch.setattr(diffusion, "precision", lambda device: kind)
@@ -2782,6 +2864,17 @@ def test_bf16_as_on_a_gpu(sdxl, photos, tmp_path, monkeypatch):
             run(monkeypatch, module, "train", *paper(sdxl / "base", photos, tmp_path / f"{name}{kind}", steps=1))
             log = (tmp_path / f"{name}{kind}" / "log.jsonl").read_text()
             losses.setdefault(name, []).append(json.loads(log)["loss"])
+        text2mask.frozen.cache_clear()
+        model = diffusion.load(mask2img.Mask2Img, tmp_path / "mtorch.float32")           # the same network
+        cond = model.condition(torch.arange(48 * 48).reshape(1, 48, 48) % 5)
+        drawn.append(model.draw(["a red cat"], [7], 4, 3.0, "dpm++", (48, 48), (cond,), (cond,)))
+    assert 0 < error(drawn[1], drawn[0]) < 0.05
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusion, "autocast", None)                        # bf16 weights are sampled without
+        run(monkeypatch, masksyn, "--data", photos, "--text2mask", tmp_path / "ttorch.bfloat16", "--mask2img",
+            tmp_path / "mtorch.bfloat16", "--limit", 2, "--steps", 2, "--mask-steps", 2, "--device", "cpu",
+            "--out", tmp_path / "pairs")
+    assert len(list((tmp_path / "pairs" / "images").iterdir())) == 2
     text2mask.frozen.cache_clear()
     model = diffusion.load(mask2img.Mask2Img, tmp_path / "mtorch.bfloat16")
     kinds = {name: {p.dtype for p in part.parameters()} for name, part in model.named_children()}
@@ -2796,8 +2889,16 @@ def test_sharded_training_equals_copies_and_leaves_whole_files(sdxl, photos, tmp
     """Two ranks: DDP, and fully_shard stopped half-way and started again, end in the same state."""
     (tmp_path / "stopped.py").write_text(
         "import sys, diffusion, text2mask\n"
+        "from torch.distributed.tensor import DTensor\n"
         "save = diffusion.save_state\n"
-        "diffusion.save_state = lambda *args: (save(*args), sys.exit())\n"
+        "def stop(out, average, optimiser, *args):\n"
+        "    moments = [t for s in optimiser.state.values() for t in (s['exp_avg'], s['exp_avg_sq'])]\n"
+        "    for held in (average.params.values(), average.shadow.values(), moments):\n"
+        "        assert all(isinstance(t, DTensor) for t in held)\n"
+        "        assert sum(t.to_local().numel() for t in held) < 0.6 * sum(t.numel() for t in held)\n"
+        "    save(out, average, optimiser, *args)\n"
+        "    sys.exit()\n"
+        "diffusion.save_state = stop\n"
         "text2mask.main()\n")
     flags = dict(batch=1, lr=1e-3, steps=4, save_every=2)
     for port, (file, out, more) in enumerate((
@@ -2834,6 +2935,13 @@ def spoiled_sdxl(base, out, how):
         weights.write_bytes(weights.read_bytes()[:-1000])
     elif how == "pickle":
         weights.rename(weights.with_suffix(".bin"))
+    elif how in ("no end token", "other merges", "a token too many"):
+        path = out / "tokenizer" / "tokenizer.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        ids, merges = content["model"]["vocab"], content["model"]["merges"]
+        {"no end token": lambda: ids.pop(nets.END), "other merges": lambda: merges.append(["qq", "zz"]),
+         "a token too many": lambda: ids.update(new=len(ids))}[how]()
+        path.write_text(json.dumps(content), encoding="utf-8")
     elif how == "sd 1.5":
         (out / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     elif how in ("vae", "text_encoder_2", "scheduler"):
@@ -2856,6 +2964,15 @@ def spoiled_sdxl(base, out, how):
     ("unet/config.json: addition_embed_type = null", "addition_embed_type"),
     ("unet/config.json: block_out_channels = [16, 48]", "another shape"), ("vae/config.json: _class_name = \"VQModel\"", "VQModel"),
     ("scheduler/scheduler_config.json: beta_start = 0.1", "beta_start"),
+    ("scheduler/scheduler_config.json: beta_start = null", "beta_start = None"),
+    ("scheduler/scheduler_config.json: timestep_spacing = \"no\"", "timestep_spacing = 'no'"),
+    ("scheduler/scheduler_config.json: prediction_type = \"flow\"", "prediction_type = 'flow'"),
+    ("unet/config.json: in_channels = 9", "in_channels is 9, not 4"),
+    ("unet/config.json: cross_attention_dim = 48", "cross_attention_dim is 48, not 40"),
+    ("unet/config.json: projection_class_embeddings_input_dim = 80", "is 80, not 72"),
+    ("tokenizer_2/tokenizer.json: model = null", "'<|startoftext|>'"), ("no end token", "'<|endoftext|>'"),
+    ("tokenizer_2/tokenizer_config.json: pad_token = null", "no None"), ("other merges", "'qqzz'"),
+    ("a token too many", "vocab_size"),
     ("text_encoder/config.json: hidden_act = \"relu\"", "hidden_act")])
 def test_a_wrong_sdxl_folder_is_told_in_one_line(sdxl, photos, tmp_path, monkeypatch, how, words):
     base = spoiled_sdxl(sdxl / "base", tmp_path / "base", how)
@@ -2877,6 +2994,8 @@ def test_flags_that_do_not_fit_are_told_in_one_line(sdxl, photos, tmp_path, monk
             run(monkeypatch, module, *args)
     with pytest.raises(SystemExit):
         run(monkeypatch, text2mask, "train", *flags, "--size", 44)
+    with pytest.raises(SystemExit, match="VAE's factor 8"):
+        text2mask.TextToImage(base=sdxl / "base", size=(44, 48))
 
 
 def test_defaults_follow_the_base(sdxl, photos, monkeypatch):

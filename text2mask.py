@@ -23,6 +23,7 @@ import functools
 import json
 import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,8 @@ from diffusion import Schedule, positive, replacing, seed_of
 from unet import PRESETS, VAE, SDXLText, TextEncoder, UNet
 
 ROOT = Path(__file__).resolve().parent
-PAPER = dict(steps=30000, lr=1e-5, size=(768, 768), batch=4, checkpointing=True, workers=4)  # batch: [?]
+PAPER = dict(steps=30000, lr=1e-5, size=(768, 768), batch=4, checkpointing=True, workers=4,  # batch: [?]
+             save_every=2500)
 MAX_CLASSES = 214                                                        # b = 6 has 216 colours: void and edge are two
 
 
@@ -248,7 +250,8 @@ class Pairs(torch.utils.data.Dataset):
         caption = lines[rng.integers(len(lines))] if self.augment else lines[0]
         words = caption.lower().replace(",", " ").split()
         mirror = self.augment and rng.random() < 0.5 and not {"left", "right"} & set(words)
-        fit, h, w = placed(image.size, self.size, rng if self.augment else None)
+        fit, h, w, room = placed(image.size, self.size, rng if self.augment else None)
+        w = room - w if mirror else w                                    # the mirror image's crop
         if self.images:
             pixels = np.asarray(fit(image.convert("RGB"), Image.Resampling.BOX))
             out["image"] = flipped(torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1, mirror)
@@ -265,7 +268,7 @@ class Pairs(torch.utils.data.Dataset):
 
 def placed(source, size, rng):
     """Scales a picture of (W, H) `source` to cover (H, W) `size` and crops (random with rng, else the middle)
-    -> (the function (picture, resampling) -> picture, crop top, crop left)."""
+    -> (the function (picture, resampling) -> picture, crop top, crop left, the largest crop left)."""
     scale = max(size[1] / source[0], size[0] / source[1])
     w, h = max(round(source[0] * scale), size[1]), max(round(source[1] * scale), size[0])
     at = [int(rng.integers(room + 1)) if rng else room // 2 for room in (h - size[0], w - size[1])]
@@ -274,7 +277,7 @@ def placed(source, size, rng):
     def fit(picture, resampling):
         picture = picture if picture.size == (w, h) else picture.resize((w, h), resampling)
         return picture.crop(box)
-    return fit, *at
+    return fit, *at, w - size[1]
 
 
 def flipped(tensor, mirror):
@@ -321,6 +324,7 @@ class TextToImage(nn.Module):
             self.unet = networks.empty_part(UNet, Path(base) / "unet")
             self.schedule = Schedule.from_public(Path(base) / "scheduler" / "scheduler_config.json")
             self.text, self.vae = frozen(str(base), str(torch.get_default_device()))
+            networks.check_fit(self.unet, self.text, self.vae, base)
         if wrong := [side for side in size if side % self.vae.factor]:
             sys.exit(f"--size: looked for multiples of the VAE's factor {self.vae.factor}, found {wrong[0]}; "
                      "give a size that is one")
@@ -348,9 +352,10 @@ class TextToImage(nn.Module):
             return self.vae.decode(z.float())
 
     def autocast(self):
-        """bf16 on CUDA at paper scale; small models sample in fp32."""
-        device = next(self.parameters()).device
-        return contextlib.nullcontext() if self.vae is None else diffusion.autocast(device)
+        """bf16 on CUDA at paper scale; small models sample in fp32, and loaded ones are bf16 already."""
+        p = next((getattr(self, "stored", None) or self.unet).parameters())
+        ready = self.vae is None or p.dtype == torch.bfloat16
+        return contextlib.nullcontext() if ready else diffusion.autocast(p.device)
 
     def encoded(self, captions, device):
         """B captions -> context (B, L, D), pooled (B, P). SDXL's encoders read each caption alone and once,
@@ -650,12 +655,14 @@ def measure(args):
     path = folder / "words.json"
     words = json.loads(path.read_text()) if path.exists() else {c["name"]: [c["name"]] for c in classes}
     isthing, colours = [c["isthing"] for c in classes], palette(len(classes)).astype(np.float32)
-    off, raw, cleaned, real, hits, said, seen = [], [], [], [], 0, 0, 0
+    off, raw, cleaned, real, hits, said, seen, seconds = [], [], [], [], 0, 0, 0, 0
     for i in tqdm(range(0, len(names), 25), "measure"):
         part = names[i:i + 25]
         captions = [read_captions(folder, name, classes)[0] for name in part]
+        clock = time.time()
         codes, maps = model.sample(captions, [seed_of(args.seed, name) for name in part], args.steps, args.guidance,
                                    args.sampler, maps=True)
+        seconds += time.time() - clock
         near = np.linalg.norm(maps[:, :, :, None] - colours, axis=-1).min(-1)       # (B, H, W) grey levels
         off.append((near > 20).mean())
         for name, caption, code in zip(part, captions, codes):
@@ -668,7 +675,8 @@ def measure(args):
     print(f"{len(names)} captions of {folder.name}: {100 * np.mean(off):.2f} % of the pixels over 20 grey levels from every "
           f"colour; in specks under 8 px {100 * np.mean(raw):.3f} % as sampled, {100 * np.mean(cleaned):.3f} % cleaned, "
           f"{100 * np.mean(real):.3f} % in real masks; named classes: recall {100 * hits / max(said, 1):.1f}, "
-          f"precision {100 * hits / max(seen, 1):.1f} (an unnamed sky is no error)")
+          f"precision {100 * hits / max(seen, 1):.1f} (an unnamed sky is no error); "
+          f"{60 * len(names) / seconds:.0f} masks a minute")
 
 
 def main():

@@ -173,7 +173,8 @@ def empty_part(cls, folder):
         with torch.device("meta"):
             return cls.from_config(config)
     except (ValueError, TypeError, IndexError) as error:
-        raise ValueError(f"{path}: {error}; give the folder of stabilityai/stable-diffusion-xl-base-1.0")
+        raise ValueError(f"{path}: {error}; give this part of stabilityai/stable-diffusion-xl-base-1.0 "
+                         "or one trained for it")
 
 
 def read_part(cls, folder, device="cpu", dtype=torch.float32):
@@ -204,13 +205,51 @@ def check_sdxl(folder):
                          "download the whole folder")
 
 
+def check_fit(unet, text, vae, folder):
+    """Raises ValueError unless UNet, text encoders, tokenizers and VAE of a public folder fit each other."""
+    u, v, first, second = unet.config, vae.config, text.text_encoder.config, text.text_encoder_2.config
+    pooled = second["projection_dim"] if second["projection"] else second["hidden_size"]
+    wrong = [f"{what} is {found}, not {right}" for what, found, right in (
+        ("the UNet's in_channels", u["in_channels"], v["latent_channels"]),
+        ("the UNet's out_channels", u["out_channels"], v["latent_channels"]),
+        ("the VAE's in_channels", v["in_channels"], 3),
+        ("the VAE's out_channels", v["out_channels"], 3),
+        ("the UNet's cross_attention_dim", u["cross_attention_dim"],
+         first["hidden_size"] + second["hidden_size"]),
+        ("the UNet's projection_class_embeddings_input_dim", u["projection_class_embeddings_input_dim"],
+         pooled + 6 * u["addition_time_embed_dim"]),
+        ("text_encoder_2's max_position_embeddings", second["max_position_embeddings"],
+         first["max_position_embeddings"])) if found != right]
+    for end, tokenizer, encoder in zip(("", "_2"), text.tokenizers, (first, second)):
+        if (largest := max(tokenizer.ids.values())) >= encoder["vocab_size"]:
+            wrong.append(f"tokenizer{end} goes up to {largest}, text_encoder{end}'s vocab_size is "
+                         f"{encoder['vocab_size']}")
+    if wrong:
+        raise ValueError(f"{folder}: its parts do not fit each other: {wrong[0]}; "
+                         "give the folder of stabilityai/stable-diffusion-xl-base-1.0")
+
+
+def check_control(control, unet, folder):
+    """Raises ValueError unless a ControlNet by others fits the UNet's inputs and skips; depths may differ."""
+    for key in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim",
+                "addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+        if control.config[key] != unet.config[key]:
+            raise ValueError(f"{folder}: its {key} is {control.config[key]}, the UNet's {unet.config[key]}; "
+                             "give a ControlNet for this UNet")
+    colours = control.config["conditioning_channels"]
+    widths = control.config["conditioning_embedding_out_channels"]  # each but the first halves the map
+    if (colours, len(widths)) != (3, 4):
+        raise ValueError(f"{folder}: looked for a ControlNet that sees 3 colours through 4 widths, found "
+                         f"{colours} and {len(widths)}; give a ControlNet for this UNet")
+
+
 # ---- parts -------------------------------------------------------------------------------------------------
 
 def checkpointed(forward):
     """A forward that keeps only its inputs and runs again in backward, once `module.checkpointing` is set."""
     def wrapped(self, *args):
         if getattr(self, "checkpointing", False) and torch.is_grad_enabled():
-            return checkpoint(forward, self, *args, use_reentrant=False)
+            return checkpoint(forward, self, *args, use_reentrant=False, preserve_rng_state=False)
         return forward(self, *args)
     return wrapped
 
@@ -531,6 +570,7 @@ class UNet(Encoder):
         -> (B, out_channels, H, W)."""
         patch = self.config["patch_size"]
         down, middle, fine = residuals or ((), 0, None)
+        x = x.to(self.conv_in.weight.dtype)                         # bf16 weights need no autocast
         time = self.embed(t, pooled, time_ids)                      # (B, T)
         h = self.conv_in(F.pixel_unshuffle(x, patch))               # (B, C, H / patch, W / patch)
         h, skips = self.encode(h, time, context)
@@ -595,7 +635,7 @@ class ControlNet(Encoder):
 
     @classmethod
     def from_unet(cls, unet, **arguments):
-        """A ControlNet for `unet` that starts as a copy of its encoder; arguments: the ControlNet's own."""
+        """A ControlNet for `unet` that starts as a copy of its encoder; arguments: its own, other depths."""
         config = {k: v for k, v in unet.config.items() if k != "out_channels"}
         net = cls(**config | arguments)
         own = net.state_dict()
@@ -605,6 +645,7 @@ class ControlNet(Encoder):
     def forward(self, x, t, context, pooled, time_ids, cond, scale=1.0):
         """As UNet's; cond: colour map (B, 3, H, W) in [0, 1] at the picture's full size -> residuals for the
         UNet: (one for each skip, one for the middle, one for the head or None), all times `scale`."""
+        x, cond = (a.to(self.conv_in.weight.dtype) for a in (x, cond))
         time = self.embed(t, pooled, time_ids)                      # (B, T)
         h = self.conv_in(F.pixel_unshuffle(x, self.config["patch_size"]))  # (B, C, h, w)
         h, skips = self.encode(h + self.controlnet_cond_embedding(cond), time, context)
@@ -698,7 +739,7 @@ class VAEEncoder(VAEHalf):
     def forward(self, x):
         x = self.conv_in(x)
         for block in self.down_blocks:
-            x, _ = block(x, None, None)
+            x = block(x, None, None)[0]                             # the skips are not kept
         return self.out(self.mid_block(x, None, None))
 
 
@@ -853,8 +894,8 @@ def byte_characters():
 class CLIPTokenizer:
     """CLIP's byte-pair encoding, from a folder's vocab.json and merges.txt, or its tokenizer.json.
 
-    Raises ValueError where there is neither. A padding token other than the end (`!` in SDXL's second) is
-    special wherever it stands in a caption, as in the public tokenizer."""
+    Raises ValueError where there is neither, or a token is lost. A padding token other than the end (`!` in
+    SDXL's second) is special wherever it stands in a caption, as in the public tokenizer."""
 
     def __init__(self, folder, length=77):
         folder = pathlib.Path(folder)
@@ -863,17 +904,22 @@ class CLIPTokenizer:
             lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
             merges = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
         elif (folder / "tokenizer.json").exists():
-            model = read_json(folder / "tokenizer.json")["model"]
-            self.ids = model["vocab"]
-            merges = [m.split() if isinstance(m, str) else m for m in model["merges"]]
+            model = read_json(folder / "tokenizer.json").get("model") or {}
+            self.ids = model.get("vocab") or {}
+            merges = [m.split() if isinstance(m, str) else m for m in model.get("merges") or ()]
         else:
             raise ValueError(f"{folder}: looked for a CLIP tokenizer's vocab.json and merges.txt (or "
                              "tokenizer.json), found none; download them")
         self.ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
         config = folder / "tokenizer_config.json"
         pad = read_json(config).get("pad_token", END) if config.exists() else END
-        pad = pad["content"] if isinstance(pad, dict) else pad
-        self.length, self.pad, self.bytes, self.cache = length, self.ids[pad], byte_characters(), {}
+        pad = pad.get("content") if isinstance(pad, dict) else pad
+        self.length, self.bytes, self.cache = length, byte_characters(), {}
+        ends = [c + end for c in self.bytes.values() for end in ("", "</w>")]
+        if lost := [s for s in (START, END, pad, *ends, *map("".join, merges)) if s not in self.ids]:
+            raise ValueError(f"{folder}: looked for a CLIP tokenizer (start, end, pad_token, bytes, merges), "
+                             f"found no {lost[0]!r} in its vocabulary; download it again")
+        self.pad = self.ids[pad]
         self.specials = re.compile("(" + "|".join(re.escape(s) for s in {START, END, pad}) + ")")
 
     def __call__(self, captions):
