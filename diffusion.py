@@ -1,13 +1,13 @@
-"""Diffusion without a network: the noising process, its loss, guidance, six lines a sampler, and one training loop.
+"""Diffusion without a network: the noising process, its loss, guidance, samplers, and one training loop.
 
-Data x0 is noised to x_t = a_t x0 + s_t noise with a_t^2 + s_t^2 = 1; a network sees (x_t, t) and tells x0 (or the noise,
-or v). A sampler walks sigma = s_t / a_t down to 0 and asks only for a function (x, sigma) -> x0, so any network, any
-conditioning and any guidance fit every sampler.
+Data x0 is noised to x_t = a_t x0 + s_t noise with a_t^2 + s_t^2 = 1; a network sees (x_t, t) and tells x0
+(or the noise, or v). A sampler walks sigma = s_t / a_t down to 0 and asks only for a function (x, sigma) ->
+x0, so any network, any conditioning and any guidance fit every sampler.
 
 Paper: SegGen samples masks with EDM's stochastic sampler in 200 steps and images in 40 (secondary note).
-       DDPM (2006.11239), DDIM (2010.02502), EDM (2206.00364), DPM-Solver++ (2211.01095), classifier-free guidance
-       (2207.12598), min-SNR weighting (2303.09556), v-prediction (2202.00512).
-Differs: the process keeps SDXL's 1000 discrete steps; samplers that need a sigma between two of them interpolate.
+       DDPM (2006.11239), DDIM (2010.02502), EDM (2206.00364), DPM-Solver++ (2211.01095), classifier-free
+       guidance (2207.12598), min-SNR weighting (2303.09556), v-prediction (2202.00512).
+Differs: the process keeps SDXL's 1000 discrete steps; samplers that need a sigma between two interpolate.
 Reads: any torch Dataset.
 Writes: OUT/{model.safetensors, state.pt, log.jsonl, samples.png} (fit), out/toy (the demo); of a model on a
        public base, in place of model.safetensors, the trained network in the public layout.
@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -40,15 +41,16 @@ FORMAT = "seggen-1"            # changes when the key layout of our checkpoints 
 OWN_FILE, PUBLIC_FILE = "model.safetensors", "diffusion_pytorch_model.safetensors"
 
 
-# ------------------------------------------------------------------------------------------------- the process
+# ------------------------------------------------------------------------------------------------ the process
 
 class Schedule:
     """The noise levels of T discrete steps and what the network's output means.
 
-    kind        "scaled_linear": Stable Diffusion's and SDXL's betas. "cosine": uniform in the angle atan(sigma) between
-                EDM's sigmas 0.002 and 80: more time on the middle levels, which is where pixels need it.
+    kind        "scaled_linear": Stable Diffusion's and SDXL's betas. "cosine": uniform in the angle
+                atan(sigma) between EDM's sigmas 0.002 and 80: more time on the middle levels, which is where
+                pixels need it.
     prediction  "epsilon" (noise), "v_prediction" (a noise - s x0) or "sample" (x0).
-    spacing     "leading" (+ offset) or "trailing" or "linspace": which of the T steps a sampler of n steps visits.
+    spacing     "leading" (+ offset), "trailing" or "linspace": which of the T steps a sampler of n visits.
     """
 
     def __init__(self, kind="scaled_linear", prediction="epsilon", spacing="leading", offset=1, T=1000):
@@ -135,7 +137,7 @@ class Schedule:
             top, low, rho = self.sigmas[-1].item() ** (1 / 7), self.sigmas[0].item() ** (1 / 7), 7
             sigmas = [(top + i / max(n - 1, 1) * (low - top)) ** rho for i in range(n)]
             return sigmas + [0.0], [self.t_of(sigma) for sigma in sigmas]
-        T, multistep = self.T, sampler == "dpm++"                        # the public multistep solver spaces by n + 1
+        T, multistep = self.T, sampler == "dpm++"                        # the public one spaces by n + 1
         if self.spacing == "leading":
             t = np.arange(n + multistep) * (T // (n + multistep))
             t = t[::-1][:n] + self.offset
@@ -144,33 +146,36 @@ class Schedule:
         else:
             t = np.linspace(0, T - 1, n + multistep).round()[::-1][:n]
         t = np.clip(t, 0, T - 1).astype(int)
+        if (found := len(set(t.tolist()))) < n:                          # two equal levels: 0 / 0 in dpm++
+            sys.exit(f"--steps {n}: looked for that many noise levels, found {found}; take fewer")
         sigmas = self.sigmas[torch.as_tensor(t.copy())].tolist()
         end = self.sigmas[0].item() if sampler == "ddim" and self.prediction == "epsilon" else 0.0
-        return sigmas + [end], [float(i) for i in t]                     # SDXL's DDIM ends at the first noise level
+        return sigmas + [end], [float(i) for i in t]                     # SDXL's DDIM ends at the first level
 
 
 def loss(model, schedule, x0, *cond, min_snr=None, noise_offset=0.0):
-    """Mean squared error of the network's prediction at a random step. x0 (B, C, H, W) in about [-1, 1] -> scalar.
+    """x0 (B, C, H, W) in about [-1, 1] -> mean squared error of what the network says at a random step.
 
-    noise_offset adds a random constant an image and channel, so that SDXL learns very dark and very bright pictures.
+    noise_offset adds a random constant an image and channel: SDXL learns very dark and very bright pictures.
     """
     t = torch.randint(schedule.T, (len(x0),), device=x0.device)
     noise = torch.randn_like(x0)
     if noise_offset:
         noise = noise + noise_offset * torch.randn(*x0.shape[:2], *(1,) * (x0.ndim - 2), device=x0.device)
     out = model(schedule.noised(x0, noise, t), t, *cond)
-    error = F.mse_loss(out.float(), schedule.target(x0, noise, t), reduction="none").flatten(1).mean(1)   # (B,)
+    error = F.mse_loss(out.float(), schedule.target(x0, noise, t), reduction="none")
+    error = error.flatten(1).mean(1)                                     # (B,)
     return (error if min_snr is None else error * schedule.weight(t, min_snr)).mean()
 
 
-# -------------------------------------------------------------------------------------------------- sampling
+# --------------------------------------------------------------------------------------------------- sampling
 
 def denoiser(model, schedule, cond, null=None, guidance=1.0, decode=None):
     """A conditioned network -> the function (x, sigma) -> x0 that every sampler asks for.
 
-    cond and null are tuples of arguments of the model for the B samples; with null and guidance != 1 both halves run as
-    one batch of 2 B (classifier-free guidance). decode turns raw outputs into x0 where they are neither x0, v nor noise
-    (Text2Mask's logits); guidance acts on raw outputs.
+    cond and null are tuples of arguments of the model for the B samples; with null and guidance != 1 both
+    halves run as one batch of 2 B (classifier-free guidance). decode turns raw outputs into x0 where they are
+    neither x0, v nor noise (Text2Mask's logits); guidance acts on raw outputs.
     """
     both = null is not None and guidance != 1
     if both:
@@ -249,7 +254,7 @@ def edm_heun(x0, x, pairs, randn, churn, low=0.05, high=50.0, noise=1.003):
     return x
 
 
-# -------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 class EMA:
     """Exponential moving average of the trained parameters; its weights are what sampling reads."""
@@ -334,7 +339,8 @@ class Batches(torch.utils.data.Sampler):
     """Step after step, batches of (index, seed): what is drawn depends on (seed, step, rank) alone."""
 
     def __init__(self, length, batch, start, steps, seed, rank):
-        self.length, self.batch, self.start, self.steps, self.seed, self.rank = length, batch, start, steps, seed, rank
+        self.length, self.batch, self.start, self.steps = length, batch, start, steps
+        self.seed, self.rank = seed, rank
 
     def __iter__(self):
         for step in range(self.start, self.steps):
@@ -344,6 +350,18 @@ class Batches(torch.utils.data.Sampler):
 
     def __len__(self):
         return self.steps - self.start
+
+
+@contextlib.contextmanager
+def loading():
+    """Data is loaded inside. A worker that ended with a line of its own ends the program too; it is a signal
+    handler that tells, so the error comes up anywhere in the loop."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit("a process that loads data ended: see the line above, or run with --workers 0")
 
 
 def precision(device):
@@ -357,32 +375,42 @@ def autocast(device):
 
 def start(device="auto"):
     """Picks the device and joins the process group under torchrun -> (device, rank, world)."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        sys.exit(f"--device {device}: looked for cpu, cuda or cuda:N; leave it out to take what is there")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        sys.exit(f"--device {device}: looked for a CUDA GPU, found none; leave --device out to run on the CPU")
+        sys.exit(f"--device {device}: looked for a CUDA GPU, found none; leave it out to run on the CPU")
+    if ":" in device and int(device[5:]) >= (count := torch.cuda.device_count()):
+        sys.exit(f"--device {device}: looked for that GPU, found {count} that count from 0; name one of them")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda" and world > 1:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if world > 1 and not dist.is_initialized():
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)                                # else NCCL takes GPU 0 for all
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
                                 timeout=datetime.timedelta(days=2))      # ranks may end hours apart
-    torch.set_float32_matmul_precision("high")                           # TF32 on CUDA; nothing changes on the CPU
+    torch.set_float32_matmul_precision("high")                           # TF32 on CUDA; no change on the CPU
     return torch.device(device), rank, world
 
 
-def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", warmup=100, decay="cosine", clip=1.0,
-        accumulate=1, ema=0.999, compile=False, shard=False, workers=0, report_every=50, save_every=500,
-        picture=None, measure=None):
-    """Trains model for `steps` optimiser steps and leaves OUT/{model.safetensors, state.pt, log.jsonl, samples.png}.
+@loading()
+def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", warmup=100, decay="cosine",
+        clip=1.0, accumulate=1, ema=0.999, compile=False, shard=False, workers=0, report_every=50,
+        save_every=500, picture=None, measure=None, about=None):
+    """Trains model for `steps` optimiser steps -> OUT/{model.safetensors, state.pt, log.jsonl, samples.png}.
 
     model     a module with `.config`; parameters that require no gradient stay as they are.
     loss      loss(net, batch) -> scalar; net is the model, compiled and wrapped for DDP where asked.
     shard     under torchrun: spread what is trained over the ranks instead of keeping a copy on each (DDP).
-    dataset   dataset[(index, seed)] -> a dict of tensors; the seed makes every random choice in it repeatable.
+    dataset   dataset[(index, seed)] -> a dict of tensors; the seed makes every random choice repeatable.
     lr        peak rate: `warmup` steps up to it, then "cosine" to zero or "constant".
-    picture   picture(model, path) draws samples.png;  measure(model) -> dict of numbers for the log. Both see EMA weights.
-    Run again, it goes on from state.pt and ends with the same weights as an undisturbed run, bit for bit on one machine.
+    picture   picture(model, path) draws samples.png;  measure(model) -> dict of numbers for the log. Both see
+              EMA weights.
+    about     more settings (JSON values) that make it another run: a state of others is not resumed.
+    Run again, it goes on from state.pt and ends with the same weights as an undisturbed run, bit for bit on
+    one machine.
     """
     device, rank, world = start(device)
     out = Path(out)
@@ -392,11 +420,12 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
     if shard:
         spread(getattr(model, "stored", None) or model)
     average = EMA(model, ema)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.99),
-                                  weight_decay=0.01, fused=True)
-    recipe = dict(steps=steps, batch=batch * world, lr=lr, seed=seed, accumulate=accumulate, config=model.config)
-    first = resume(out, model, average, optimiser, recipe)
-    net = torch.compile(model) if compile else model                     # train net, save model: clean key names
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr,
+                                  betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    recipe = dict(steps=steps, batch=batch * world, lr=lr, seed=seed, accumulate=accumulate,
+                  config=model.config, **(about or {}))
+    first = resume(out, average, optimiser, recipe, rank)
+    net = torch.compile(model) if compile else model                     # train net, save model: clean keys
     if world > 1 and not shard:
         net = nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None,
                                                   gradient_as_bucket_view=True)
@@ -404,21 +433,25 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
         dataset, batch_sampler=Batches(len(dataset), batch * accumulate, first, steps, seed, rank),
         num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0)
     losses, clock = [], time.time()
-    bar = tqdm(enumerate(loader, first), out.name, initial=first, total=steps, disable=rank > 0, mininterval=1)
+    bar = tqdm(enumerate(loader, first), out.name, initial=first, total=steps, disable=rank > 0,
+               mininterval=1)
     for step, data in bar:
         for group in optimiser.param_groups:
             group["lr"] = lr * rate(step, steps, warmup, decay)
         torch.manual_seed(seed_of(seed, step, rank, "noise"))
         losses.append(0)
         for part in range(accumulate):
-            micro = {key: value[part::accumulate].to(device, non_blocking=True) for key, value in data.items()}
+            micro = {key: value[part::accumulate].to(device, non_blocking=True)
+                     for key, value in data.items()}
             last = part == accumulate - 1
             with contextlib.nullcontext() if world == 1 or shard or last else net.no_sync():
                 with autocast(device):
                     error = loss(net, micro) / accumulate
                 error.backward()
             losses[-1] = losses[-1] + error.detach()
-        nn.utils.clip_grad_norm_(average.params.values(), clip)
+        norm = nn.utils.clip_grad_norm_(average.params.values(), clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        losses[-1] = losses[-1] + 0 * norm                               # NaN where a gradient is not finite
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         average.update()
@@ -453,12 +486,14 @@ def rate(step, steps, warmup, decay):
 def check_finite(losses, done, out):
     bad = (~torch.isfinite(losses)).nonzero()
     if len(bad):
-        sys.exit(f"{out}: the loss was not finite at step {done - len(losses) + bad[0].item() + 1}; the last good state "
-                 f"is kept in state.pt; run again with a smaller --lr")
+        whole = (out / "state.pt").exists()
+        kept = "the last good state is kept in state.pt" if whole else "nothing was saved yet"
+        sys.exit(f"{out}: the loss or its gradient was not finite at step "
+                 f"{done - len(losses) + bad[0].item() + 1}; {kept}; run again with a smaller --lr")
 
 
 def report(out, line, bar):
-    with open(out / "log.jsonl", "a") as file:
+    with writable(out / "log.jsonl"), open(out / "log.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
     bar.write("  ".join(f"{key} {value}" for key, value in line.items()))
 
@@ -481,29 +516,35 @@ def save_state(out, average, optimiser, step, recipe, rank):
                    recipe=json.dumps(recipe, sort_keys=True))
     if rank == 0:
         with replacing(out / "state.pt") as path:
-            torch.save(content, path)
+            try:
+                torch.save(content, path)
+            except RuntimeError as error:                                # how the library words a full disk
+                raise OSError(str(error).splitlines()[0])
 
 
-def resume(out, model, average, optimiser, recipe):
-    """Loads OUT/state.pt where there is one -> the step to go on from."""
+def resume(out, average, optimiser, recipe, rank):
+    """Loads OUT/state.pt where there is one -> the step to go on from; else 0 and an empty log."""
+    path, log = out / "state.pt", out / "log.jsonl"
     with writable(out):
-        Path(out).mkdir(parents=True, exist_ok=True)
-        for left in out.glob(".*.tmp*"):                                 # of a run that was killed while it wrote
+        out.mkdir(parents=True, exist_ok=True)
+        for left in out.glob(".*.tmp*") if rank == 0 else ():            # of a run that was killed in a write
             left.unlink(missing_ok=True)
-    path = out / "state.pt"
+        if not path.exists() and rank == 0:
+            log.write_text("")
     if not path.exists():
-        (out / "log.jsonl").unlink(missing_ok=True)
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)     # ranks share it
         old = json.loads(state["recipe"])
     except Exception as error:
-        sys.exit(f"{path}: looked for a state to resume, found {type(error).__name__}; delete {out} to start afresh")
+        sys.exit(f"{path}: looked for a state to resume, found {type(error).__name__}; delete {out} to start "
+                 "afresh")
     new = json.loads(json.dumps(recipe))
-    differs = [f"{key} {old.get(key)} then, {new[key]} now" if key != "config" else "the model" for key in new
-               if old.get(key) != new[key]]
+    differs = [f"{key} {old[key]} then, {new[key]} now" if key != "config" else "the model" for key in new
+               if old.get(key, new[key]) != new[key]]
     if differs:
-        sys.exit(f"{path}: a run with other settings is there ({'; '.join(differs)}); give another --out or delete it")
+        sys.exit(f"{path}: a run with other settings is there ({'; '.join(differs)}); give another --out or "
+                 "delete it")
     average.copy({n: like(state["model"][n], p) for n, p in average.params.items()})
     for name, p in average.shadow.items():
         p.copy_(like(state["ema"][name], p))
@@ -511,9 +552,11 @@ def resume(out, model, average, optimiser, recipe):
     for i, p in enumerate(average.params.values()):
         state["optimiser"]["state"][i] = {k: like(t, p) for k, t in state["optimiser"]["state"][i].items()}
     optimiser.load_state_dict(state["optimiser"])
-    log = out / "log.jsonl"
-    lines = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
-    log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= state["step"]))
+    if rank == 0:
+        lines = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
+        lines = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+        with replacing(log) as part:
+            part.write_text("".join(line + "\n" for line in lines))
     return state["step"]
 
 
@@ -525,7 +568,8 @@ def writable(where):
     try:
         yield
     except OSError as error:
-        sys.exit(f"{where}: cannot write here ({error.strerror or error}); give another --out or free some space")
+        sys.exit(f"{where}: cannot write here ({error.strerror or error}); give another --out or free some "
+                 "space")
 
 
 @contextlib.contextmanager
@@ -563,10 +607,15 @@ def save(model, folder, rank=0):
 
 def halve(source, folder):
     """Writes a checkpoint of ours again with 16-bit floats, half as large: FOLDER/model.safetensors."""
-    with safe_open(Path(source) / OWN_FILE, "pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}
-        metadata = file.metadata()
-    write_tensors({name: t.half() if t.is_floating_point() else t for name, t in state.items()}, metadata, folder)
+    path = Path(source) / OWN_FILE
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata()
+    except (SafetensorError, OSError) as error:
+        sys.exit(f"{path}: looked for a checkpoint to halve, found {type(error).__name__}; name its folder")
+    state = {name: t.half() if t.is_floating_point() else t for name, t in state.items()}
+    write_tensors(state, metadata, folder)
 
 
 def write_tensors(state, metadata, folder, name=OWN_FILE):
@@ -592,7 +641,7 @@ def read(path, kind, device="cpu"):
     path = checkpoint(path) if Path(path).is_dir() else Path(path)
     dtype = precision(device) if path.name == PUBLIC_FILE else torch.float32
     if not path.is_file():
-        sys.exit(f"{path}: looked for a {kind} checkpoint, found no such file; train one or give another --init / --weights")
+        sys.exit(f"{path}: looked for a {kind} checkpoint, found no such file; train one or name another")
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("seggen", "{}"))
@@ -602,9 +651,19 @@ def read(path, kind, device="cpu"):
                  f"only .safetensors is read, never a pickle")
     found = about.get("format", "none"), about.get("class", "none")
     if found != (FORMAT, kind):
-        sys.exit(f"{path}: looked for a checkpoint of format {FORMAT} that holds a {kind}, found format {found[0]} with "
-                 f"{found[1]}; train it with this version")
+        sys.exit(f"{path}: looked for a checkpoint of format {FORMAT} that holds a {kind}, found format "
+                 f"{found[0]} with {found[1]}; train it with this version")
     return about["config"], state
+
+
+@contextlib.contextmanager
+def of_this_version(path):
+    """What is made inside takes a checkpoint's constructor arguments: unknown ones end in one line."""
+    try:
+        yield
+    except TypeError as error:
+        sys.exit(f"{path}: looked for this version's constructor arguments, found others ({error}); train it "
+                 "anew")
 
 
 def placed(t, device, dtype):
@@ -614,7 +673,7 @@ def placed(t, device, dtype):
 def load(cls, path, device="cpu"):
     """A checkpoint of ours -> the module in eval mode, strict. Frozen weights come from their own folder."""
     config, state = read(path, cls.__name__, device)
-    with torch.device(device):                                           # frozen weights go there at once
+    with torch.device(device), of_this_version(path):                    # frozen weights go there at once
         model = cls(**config)
     part = getattr(model, "stored", None)
     try:
@@ -635,7 +694,19 @@ def positive(kind):
     return number
 
 
-# ----------------------------------------------------------------------------------------------------- demo
+def within(kind, low, high=float("inf")):
+    """An argparse type: a finite number from low to high."""
+    def number(text):
+        value = kind(text)
+        if not (low <= value <= high and value < float("inf")):
+            wanted = f"from {low} to {high}" if high < float("inf") else f"of {low} or more"
+            raise argparse.ArgumentTypeError(f"{text}: a number {wanted} is needed")
+        return value
+    number.__name__ = kind.__name__
+    return number
+
+
+# ------------------------------------------------------------------------------------------------------- demo
 
 class Spiral(torch.utils.data.Dataset):
     """Points of a two-armed spiral, (2,) in about [-1, 1], and which arm (1,) they are of."""
@@ -672,11 +743,13 @@ class Points(nn.Module):
 
 def main():
     from PIL import Image, ImageDraw
-    parser = argparse.ArgumentParser(description="Learns a 2-D spiral and draws what each sampler makes of it.")
+    parser = argparse.ArgumentParser(description="Learns a 2-D spiral, draws what each sampler makes of it.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/toy"), help="folder of the results")
     parser.add_argument("--steps", type=positive(int), default=800, help="training steps")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--halve", nargs=2, metavar=("FROM", "TO"), help="only write the checkpoint of folder FROM to TO in fp16")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another run")
+    parser.add_argument("--halve", nargs=2, metavar=("FROM", "TO"),
+                        help="only write the checkpoint of folder FROM to TO in fp16")
     args = parser.parse_args()
     if args.halve:
         return halve(*args.halve)

@@ -17,8 +17,9 @@ from PIL import Image
 import diffusion
 from diffusion import seed_of
 from mask2img import Mask2Img
-from masksyn import check_classes, demo_or_trained, mask2img_flags, synthesize
-from text2mask import (dataset_folder, names_of, open_image, outlined, placed, read_captions, read_classes, read_ids)
+from masksyn import about, demo_or_trained, mask2img_flags, synthesize
+from text2mask import (check_classes, dataset_folder, names_of, outlined, placed, read_captions, read_classes,
+                       read_ids)
 
 
 def read_mask(folder, name, K, size):
@@ -26,7 +27,7 @@ def read_mask(folder, name, K, size):
     ids = read_ids(folder / "masks" / f"{name}.png", K)
     fit, *_ = placed((ids.shape[1], ids.shape[0]), size, None)
     path = folder / "instances" / f"{name}.png"
-    maps = [ids, np.array(open_image(path, "instance mask"))] if path.exists() else [ids]
+    maps = [ids, read_ids(path, 255, ids.shape[::-1])] if path.exists() else [ids]
     maps = [np.asarray(fit(Image.fromarray(m), Image.Resampling.NEAREST)) for m in maps]
     return maps[0], (maps[1] if len(maps) > 1 else None)
 
@@ -37,11 +38,11 @@ def main():
     mask2img_flags(parser, 64, ("--per-mask",))
     parser.add_argument("--split", default="train", help="the split whose masks are used")
     args = parser.parse_args()
-    folder = dataset_folder(args.data, args.split)
     device, _, _ = diffusion.start(args.device)
-    printer = diffusion.load(Mask2Img, demo_or_trained(args.data, "mask2img", args.mask2img), device)
-    classes = read_classes(folder)
-    check_classes((classes, printer.config["classes"]), args.mask2img or "mask2img")
+    folder = dataset_folder(args.data, args.split)
+    path = demo_or_trained(args.data, "mask2img", args.mask2img)
+    printer, classes = diffusion.load(Mask2Img, path, device), read_classes(folder)
+    check_classes(classes, printer.config["classes"], path)
     sources, K = [name for _, name in names_of(folder)][:args.limit], len(classes)
 
     def make(jobs):
@@ -50,11 +51,10 @@ def main():
         captions = [choices[k % len(choices)] for (_, k), choices in zip(jobs, lines)]
         edged = [printer.config["edges"] and instances is not None for _, instances in masks]
         drawn = [outlined(*m, K) if edge else m[0] for m, edge in zip(masks, edged)]
-        images = printer.sample(np.stack(drawn), captions, [seed_of(args.seed, *job, "image") for job in jobs],
-                                args.steps, args.guidance, args.sampler)
+        seeds = [seed_of(args.seed, *job, "image") for job in jobs]
+        images = printer.sample(np.stack(drawn), captions, seeds, args.steps, args.guidance, args.sampler)
         return [(caption, m[1], m[0], image) for caption, m, image in zip(captions, masks, images)]
-    meta = {key: str(value) for key, value in vars(args).items() if key not in ("out", "limit", "per", "device")}
-    synthesize(args, "imgsyn", sources, args.per, make, classes, meta)
+    synthesize(args, "imgsyn", folder, sources, make, classes, about(args, mask2img=path))
 
 
 if __name__ == "__main__":

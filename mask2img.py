@@ -1,14 +1,16 @@
-"""Mask2Img: a mask and a caption -> an image that shows what the mask says, by a ControlNet on a text-to-image base.
+"""Mask2Img: a mask and a caption -> an image that shows what the mask says, by a ControlNet on a base.
 
-The base has learned pictures from captions alone, without any mask. The ControlNet is a copy of the base's encoder
-that reads the colour map and speaks to the frozen base through convolutions that start at zero: the prior of the base
-stays, the mask steers it. `base` trains the small base itself. With SDXL only the ControlNet is stored.
+The base has learned pictures from captions alone, without any mask. The ControlNet is a copy of the base's
+encoder that reads the colour map and speaks to the frozen base through convolutions that start at zero: the
+prior of the base stays, the mask steers it. `base` trains the small base itself. With SDXL only the
+ControlNet is stored.
 
-Paper: SegGen (2311.03355) section 3, Mask2Img: SDXL-base frozen + ControlNet (2302.05543), lr 1e-5, 30k steps.
-Differs: on small data the base is a pixel-space UNet of our own whose ControlNet sees a channel per code instead of
-       three colours; --unfreeze trains the base along with the ControlNet;
-       without --init both start from scratch together. Caption and mask are dropped together for guidance; on
-       SDXL the caption alone, as in the public pipeline, which shows the mask to both halves.
+Paper: SegGen (2311.03355) section 3, Mask2Img: SDXL-base frozen + ControlNet (2302.05543), lr 1e-5, 30k
+       steps.
+Differs: on small data the base is a pixel-space UNet of our own whose ControlNet sees a channel per code
+       instead of three colours; --unfreeze trains the base along with the ControlNet; without --init both
+       start from scratch together. Caption and mask are dropped together for guidance; on SDXL the caption
+       alone, as in the public pipeline, which shows the mask to both halves.
 Reads: data/NAME/{train,val,unlabelled} pair folders; --init a base, or a folder of SDXL in the public layout.
 Writes: out/NAME/base, out/NAME/mask2img.
 Needs: unet.py, diffusion.py, text2mask.py (the mask codec and the data set).
@@ -25,13 +27,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import diffusion
 import unet as networks
-from diffusion import positive, replacing, seed_of
-from text2mask import (ROOT, Pairs, TextToImage, common_flags, dataset_folder, dropped, encode, fit, grid,
-                       palette, parsed, read_captions, read_classes, read_ids, to_pixels, told)
+from diffusion import positive, replacing, seed_of, within
+from text2mask import (ROOT, Pairs, TextToImage, check_classes, check_tensors, common_flags, dataset_folder,
+                       dropped, encode, fit, grid, palette, parsed, read_captions, read_classes, read_ids,
+                       to_pixels, told)
 from unet import PRESETS, ControlNet, UNet
 
 SCHEDULE = dict(kind="cosine", prediction="sample", spacing="trailing")
@@ -54,7 +56,8 @@ class Mask2Img(TextToImage):
             with told():
                 self.unet = networks.read_part(UNet, Path(base) / "unet", device, diffusion.precision(device))
             self.unet.requires_grad_(False)
-        self.register_buffer("colours", torch.from_numpy(palette(len(classes))).float() / 255, persistent=False)
+        colours = torch.from_numpy(palette(len(classes))).float() / 255
+        self.register_buffer("colours", colours, persistent=False)       # (K + 2, 3) in [0, 1]
 
     @property
     def stored(self):
@@ -98,15 +101,17 @@ class Mask2Img(TextToImage):
         return to_pixels(x0)
 
 
-# ------------------------------------------------------------------------------------------------------ CLI
+# -------------------------------------------------------------------------------------------------------- CLI
 
 def base(args):
     """Trains the text-to-image base on images and captions alone."""
     if args.init:
         sys.exit(f"--init {args.init}: `base` starts from scratch; leave it out, or give it to `train`")
+    diffusion.start(args.device)
+    folder = dataset_folder(args.data, args.split)
     torch.manual_seed(seed_of(args.seed, "weights"))
     model = TextToImage(PRESETS["tiny"]["unet"], PRESETS["tiny"]["text"], SCHEDULE, args.size)
-    data = Pairs(dataset_folder(args.data, args.split), args.size, model.text.tokenize, masks=False, limit=args.limit)
+    data = Pairs(folder, args.size, model.text.tokenize, masks=False, limit=args.limit)
 
     def loss(net, batch):
         keep = torch.rand(len(batch["tokens"]), 1, device=batch["tokens"].device) >= args.drop
@@ -128,9 +133,13 @@ def assembled(args, classes):
     control = dict(PRESETS["tiny"]["controlnet"], conditioning_channels=len(classes) + 2)
     if args.init:
         config, state = diffusion.read(args.init, "TextToImage")
-    model = Mask2Img(**{**config, "size": args.size}, controlnet=control, classes=classes, edges=args.edges)
+    with diffusion.of_this_version(args.init):
+        model = Mask2Img(**config | dict(size=args.size), controlnet=control, classes=classes,
+                         edges=args.edges)
     if args.init:
-        nn.Module.load_state_dict(model, {**model.state_dict(), **state})
+        own = {name: t for name, t in model.state_dict().items() if not name.startswith("controlnet.")}
+        check_tensors(own, state, args.init)
+        model.load_state_dict(state, strict=False)
         model.controlnet = ControlNet.from_unet(model.unet, **control)
         for part in (model.unet, model.text):
             part.requires_grad_(args.unfreeze)
@@ -153,6 +162,7 @@ def on_sdxl(args, classes):
 
 
 def train(args):
+    diffusion.start(args.device)
     folder = dataset_folder(args.data, "train")
     classes = read_classes(folder)
     torch.manual_seed(seed_of(args.seed, "weights"))
@@ -172,7 +182,8 @@ def train(args):
         grid(rows, 1 if model.vae else 2).save(path)
 
     def measure(model):
-        """Condition gap: loss with the masks of other images minus loss with the right ones. Near 0: masks ignored."""
+        """Condition gap: loss with the masks of other images minus loss with the right ones. Near 0: masks
+        are ignored."""
         device, gap = next(model.parameters()).device, []
         with torch.no_grad(), model.autocast():
             for start in range(0, min(len(val), 64), 16):
@@ -191,24 +202,27 @@ def held_out(args, model):
     """The val split where there is one, else the training pairs."""
     folder = dataset_folder(args.data, "train")
     folder = folder.parent / "val" if (folder.parent / "val").is_dir() else folder
-    return Pairs(folder, args.size, model.text.tokenize, edges=args.edges, augment=False)
+    val = Pairs(folder, args.size, model.text.tokenize, edges=args.edges, augment=False)
+    check_classes(model.config["classes"], val.classes, folder / "classes.json")
+    return val
 
 
 def sample(args):
+    """Paints --count images of --mask -> OUT/images.png: the mask, then the images."""
     device, _, _ = diffusion.start(args.device)
     model = diffusion.load(Mask2Img, args.init, device)
     K = len(model.config["classes"])
     codes = read_ids(args.mask, K)
     if any(side % 8 for side in codes.shape):
-        sys.exit(f"{args.mask}: the mask is {codes.shape[1]} x {codes.shape[0]}; both sides must be multiples of 8")
-    codes = np.repeat(codes[None], args.count, 0)
-    images = model.sample(codes, [args.prompt] * args.count, [seed_of(args.seed, k) for k in range(args.count)],
-                          args.steps, args.guidance, args.sampler)
-    with diffusion.writable(args.out.parent):
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(args.out) as path:
+        sys.exit(f"{args.mask}: the mask is {codes.shape[1]} x {codes.shape[0]}; both sides must be "
+                 "multiples of 8")
+    codes, seeds = np.repeat(codes[None], args.count, 0), [seed_of(args.seed, k) for k in range(args.count)]
+    images = model.sample(codes, [args.prompt] * args.count, seeds, args.steps, args.guidance, args.sampler)
+    with diffusion.writable(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+    with replacing(args.out / "images.png") as path:
         grid([[encode(codes[0], K), *images]], max(1, 256 // codes.shape[1])).save(path)
-    print(f"wrote {args.out}: the mask and {args.count} images")
+    print(f"{args.out}: images.png, the mask and {args.count} images")
 
 
 def main():
@@ -227,14 +241,17 @@ def main():
     p = commands.add_parser("sample", help="paint images of one mask", **defaults)
     p.add_argument("--mask", type=Path, required=True, help="a PNG of class ids")
     p.add_argument("--prompt", default="", help="the caption")
-    p.add_argument("--init", type=Path, default=ROOT / "weights" / "shapes" / "mask2img", help="trained Mask2Img")
-    p.add_argument("--out", type=Path, default=Path("out/sample/images.png"), help="the picture to write")
+    p.add_argument("--init", type=Path, default=ROOT / "weights" / "shapes" / "mask2img",
+                   help="trained Mask2Img")
+    p.add_argument("--out", type=Path, default=Path("out/sample"), help="folder of the picture")
     p.add_argument("--count", type=positive(int), default=4, help="images of the mask")
     p.add_argument("--steps", type=positive(int), default=15, help="sampling steps")
-    p.add_argument("--guidance", type=float, default=1.5, help="classifier-free guidance; 1 = none")
-    p.add_argument("--sampler", choices=("dpm++", "ddim", "euler", "edm"), default="dpm++")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="auto")
+    p.add_argument("--guidance", type=within(float, 0), default=1.5,
+                   help="classifier-free guidance; 1 = none")
+    p.add_argument("--sampler", choices=("dpm++", "ddim", "euler", "edm"), default="dpm++",
+                   help="edm evaluates twice a step and adds fresh noise")
+    p.add_argument("--seed", type=int, default=0, help="another seed, other images")
+    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
     args = parsed(parser, training)
     wrong = "unfreeze" if args.public else "controlnet"
     if getattr(args, wrong, None):

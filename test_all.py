@@ -189,9 +189,10 @@ def toy(out, steps, spoil=None, **more):
             return diffusion.loss(net, schedule, batch["x"] * float("nan"), batch["arm"])
         if more.get("stop") == count[0]:
             raise KeyboardInterrupt
-        return diffusion.loss(net, schedule, batch["x"], batch["arm"])
+        error = diffusion.loss(net, schedule, batch["x"], batch["arm"])
+        return error + (net.arm.weight * 0).sqrt().sum() if more.get("bend") == count[0] else error    # 0, gradient NaN
     return diffusion.fit(model, loss, diffusion.Spiral(), out, steps=steps, batch=8, lr=1e-3, device="cpu", save_every=4,
-                         report_every=2, accumulate=more.get("accumulate", 1))
+                         report_every=2, accumulate=more.get("accumulate", 1), about=more.get("about"))
 
 
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
@@ -224,10 +225,59 @@ def test_nan_loss_stops_and_keeps_the_last_state(tmp_path):
     assert state["step"] == 4 and all(p.isfinite().all() for p in state["model"].values())
 
 
+@pytest.mark.parametrize("step, words", [(4, "step 4; nothing was saved yet"), (8, "step 8; the last good state")])
+def test_nan_gradient_of_a_finite_loss_is_never_saved(tmp_path, step, words):
+    with pytest.raises(SystemExit, match=words):
+        toy(tmp_path, 12, bend=step)                                     # on the very step that saves
+    saved = [diffusion.read(tmp_path, "Points")[1]] if step == 8 else []
+    assert all(p.isfinite().all() for state in saved for p in state.values())
+    assert (tmp_path / "state.pt").exists() == (tmp_path / "model.safetensors").exists() == (step == 8)
+
+
 def test_other_settings_do_not_resume(tmp_path):
     toy(tmp_path, 4)
     with pytest.raises(SystemExit, match="steps 4 then, 8 now"):
         toy(tmp_path, 8)
+    toy(tmp_path, 4, about=dict(drop="0.1"))                             # a state that does not say goes on
+    toy(tmp_path / "b", 4, about=dict(drop="0.1"))
+    with pytest.raises(SystemExit, match="drop 0.1 then, 0.2 now"):
+        toy(tmp_path / "b", 4, about=dict(drop="0.2"))
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path):
+    """RLIMIT_FSIZE stands in for it (Python ignores SIGXFSZ): no file may grow over so many bytes."""
+    (tmp_path / "fill.py").write_text(
+        "import resource, test_all\n"
+        "for room in (0, 4000, 12000):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))\n"
+        "    try:\n"
+        "        test_all.toy(f'room{room}', 4)\n"
+        "    except SystemExit as told:\n"
+        "        print(told)\n")
+    told = script(tmp_path / "fill.py", cwd=tmp_path).stdout.splitlines()
+    told = [line for line in told if "loss" not in line]                 # what was reported before it was full
+    assert [line.split(": cannot write here")[0] for line in told] == [
+        "room0/log.jsonl", "room4000/model.safetensors", "room12000/state.pt"], told
+    assert not list(tmp_path.glob("*/.*.tmp*")) and not list(tmp_path.glob("*/state.pt"))
+
+
+def test_devices_numbers_and_steps_that_are_none_are_told_in_one_line(monkeypatch, capsys):
+    import mask2img
+    import masksyn
+    for device in ("foo", "cuda:", "cpu:1"):
+        with pytest.raises(SystemExit, match=f"--device {device}: looked for cpu, cuda or cuda:N"):
+            diffusion.start(device)
+    for module, flags in ((text2mask, "sample --prompt x --guidance nan"), (text2mask, "train --drop 2"),
+                          (text2mask, "train --drop nan"), (text2mask, "train --noise-offset inf"),
+                          (mask2img, "train --workers -1"), (mask2img, "sample --mask x --guidance -1"),
+                          (masksyn, "--guidance inf"), (masksyn, "--mask-guidance -1")):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, module, *flags.split())
+        assert "is needed" in capsys.readouterr().err, flags
+    for spacing, sampler, steps in (("trailing", "dpm++", 1001), ("leading", "dpm++", 1000), ("linspace", "euler", 1200)):
+        with pytest.raises(SystemExit, match=f"--steps {steps}: .* take fewer"):
+            diffusion.Schedule(spacing=spacing).grid(steps, sampler)
+    assert len(diffusion.Schedule(spacing="trailing").grid(1000, "dpm++")[1]) == 1000
 
 
 class Boom:
@@ -252,6 +302,12 @@ def test_checkpoints_that_are_none_are_refused(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="Text2Mask"):
         diffusion.read(tmp_path / "good", "Text2Mask")
     assert not (tmp_path / "exploded").exists()
+    model.config["depth"] = 2
+    diffusion.save(model, tmp_path / "other")
+    with pytest.raises(SystemExit, match="constructor arguments, found others .*depth"):
+        diffusion.load(diffusion.Points, tmp_path / "other")
+    with pytest.raises(SystemExit, match="typo.*looked for a checkpoint to halve"):
+        diffusion.halve("typo", tmp_path / "half")
 
 
 # ---- the chain --------------------------------------------------------------------------------------------------
@@ -285,6 +341,146 @@ def test_generators_train_and_feed_masksyn(shapes, tmp_path):
     assert Image.open(next((tmp_path / "pairs" / "images").glob("*.png"))).size == (48, 32)
     wrong = script("masksyn.py", "--data", shapes, "--text2mask", tmp_path / "m", "--limit", 1, ok=False)
     assert "Text2Mask" in wrong.stderr
+
+
+def untrained(world, out, size=(16, 16), **more):
+    """Both generators with random weights for the classes of a world -> masksyn's flags for them."""
+    import mask2img
+    tiny, classes = nets.PRESETS["tiny"], text2mask.read_classes(world / "train")
+    torch.manual_seed(0)
+    shared = dict(text=tiny["text"], schedule=mask2img.SCHEDULE, size=size, classes=classes)
+    painter = text2mask.Text2Mask(dict(tiny["unet"], out_channels=len(classes) + 2), **shared)
+    control = dict(tiny["controlnet"], conditioning_channels=len(classes) + 2)
+    printer = mask2img.Mask2Img(tiny["unet"], controlnet=control, **shared | more)
+    diffusion.save(painter, out / "t")
+    diffusion.save(printer, out / "m")
+    return ["--text2mask", out / "t", "--mask2img", out / "m", "--limit", 2, "--steps", 2, "--mask-steps", 2,
+            "--device", "cpu"]
+
+
+def test_synthetic_folders_are_pair_folders_of_their_own(shapes, tmp_path, monkeypatch):
+    """A world without things gives no instances/, classes.json is the source's, captions are composed where there are
+    none; a folder of real data, or of pairs by other weights, is left alone."""
+    import imgsyn
+    import masksyn
+    world = tmp_path / "world"
+    shutil.copytree(shapes, world)
+    for split in ("train", "val"):
+        listing = [c | {"isthing": False} for c in json.loads((world / split / "classes.json").read_text())]
+        (world / split / "classes.json").write_text(json.dumps(listing))
+        shutil.rmtree(world / split / "instances")
+        shutil.rmtree(world / split / "captions")
+    flags = untrained(world, tmp_path)
+    for module, more in ((masksyn, flags), (imgsyn, flags[2:6] + flags[6:8] + flags[10:])):
+        out = tmp_path / module.__name__
+        (out / "mine").mkdir(parents=True)
+        (out / "mine" / ".notes.tmp").mkdir()
+        (out / "mine" / ".notes.tmp" / ".x.tmp").write_text("kept")
+        (out / ".meta.tmp7.json").write_text("of a killed run")
+        run(monkeypatch, module, "--data", world, *more, "--out", out)
+        assert not (out / "instances").exists() and not list(out.glob(".*.tmp*"))
+        assert (out / "mine" / ".notes.tmp" / ".x.tmp").exists()
+        assert (out / "classes.json").read_bytes() == (world / "train" / "classes.json").read_bytes()
+        assert len(T.Pairs(out)) == 2
+        assert all(p.read_text().startswith("a picture of ") for p in (out / "captions").iterdir())
+    before = bytes_of(world)
+    with pytest.raises(SystemExit, match="without a meta.json"):
+        run(monkeypatch, masksyn, "--data", world, *flags, "--out", world / "train")
+    assert bytes_of(world) == before
+    run(monkeypatch, masksyn, "--data", world, *flags, "--out", tmp_path / "masksyn")    # the same again: nothing to do
+    model = diffusion.load(text2mask.Text2Mask, tmp_path / "t")
+    model.unet.conv_out.bias.data += 1
+    diffusion.save(model, tmp_path / "t")                                # trained on: another Text2Mask
+    with pytest.raises(SystemExit, match="other settings"):
+        run(monkeypatch, masksyn, "--data", world, *flags, "--out", tmp_path / "masksyn")
+
+
+def test_generators_that_do_not_fit_are_told_in_one_line(shapes, tmp_path, monkeypatch):
+    import mask2img
+    import masksyn
+    flags = untrained(shapes, tmp_path / "a") and untrained(shapes, tmp_path / "b", (16, 32))
+    flags[1] = tmp_path / "a" / "t"
+    with pytest.raises(SystemExit, match=r"looked for the \(H, W\) \[16, 16\]"):
+        run(monkeypatch, masksyn, "--data", shapes, *flags, "--out", tmp_path / "out")
+    world = tmp_path / "world"
+    shutil.copytree(shapes, world)
+    listing = json.loads((world / "val" / "classes.json").read_text())
+    (world / "val" / "classes.json").write_text(json.dumps(listing[::-1]))
+    with pytest.raises(SystemExit, match="val/classes.json: its 13 classes are not the 13 expected"):
+        run(monkeypatch, text2mask, "measure", "--data", world, "--init", tmp_path / "a" / "t")
+    with pytest.raises(SystemExit, match="val/classes.json: its 13 classes are not the 13 expected"):
+        run(monkeypatch, mask2img, "train", "--data", world, "--size", 16, "--out", tmp_path / "out", "--device", "cpu")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how, words", [("extra", "unet.more is in one only"), ("missing", "unet.conv_in.bias is in one"),
+                                        ("shape", "unet.conv_in.bias has another"), ("argument", "constructor arguments")])
+def test_a_base_of_another_layout_is_told_in_one_line(tmp_path, how, words):
+    import mask2img
+    tiny, classes = nets.PRESETS["tiny"], [dict(name="a", isthing=False)] * 4
+    base = text2mask.TextToImage(tiny["unet"], tiny["text"], mask2img.SCHEDULE, (16, 16))
+    state = base.state_dict()
+    if how == "extra":
+        state["unet.more"] = torch.zeros(1)
+    elif how == "argument":
+        base.config["unet"] = dict(base.config["unet"], colour="red")
+    elif how == "missing":
+        del state["unet.conv_in.bias"]
+    else:
+        state["unet.conv_in.bias"] = state["unet.conv_in.bias"][1:].clone()
+    about = dict(format=diffusion.FORMAT, config=base.config) | {"class": "TextToImage"}
+    diffusion.write_tensors(state, dict(seggen=json.dumps(about)), tmp_path)
+    for module in (text2mask, mask2img):
+        args = SimpleNamespace(public=False, init=tmp_path, size=(16, 16), edges=False, unfreeze=False)
+        with pytest.raises(SystemExit, match=words):
+            module.assembled(args, classes)
+
+
+def test_missing_shapes_are_drawn_and_half_drawn_ones_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(text2mask, "ROOT", tmp_path)
+    shapes, other = tmp_path / "data/shapes", tmp_path / "data/other"
+    (other / "train/images").mkdir(parents=True)
+    shapes.mkdir()
+    (shapes / "prepare.py").write_text(
+        "import pathlib, sys\n"
+        "here = pathlib.Path(__file__).parent\n"
+        "with open(here / 'log', 'a') as log: log.write(' '.join(sys.argv[1:]) + ';')\n"
+        "if (here / 'broken').exists(): sys.exit('no room')\n"
+        "for split in ('train', 'val', 'unlabelled'):\n"
+        "    (here / split).mkdir(exist_ok=True)\n"
+        "    (here / f'.{split}.unfinished').unlink(missing_ok=True)\n")
+    for split, mark, drawn in (("train", None, ";"), ("train", None, ";"), ("val", None, ";"), ("val", "val", ";;"),
+                               ("val", "train", ";;"), ("train", None, ";;;"), ("unlabelled", "unlabelled",
+                                                                              ";;;--unlabelled 8000;")):
+        if mark:
+            (shapes / f".{mark}.unfinished").touch()
+        assert text2mask.dataset_folder("shapes", split) == shapes / split
+        assert (shapes / "log").read_text() == drawn
+    (shapes / ".train.unfinished").touch()
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "1")                                        # another rank draws
+        text2mask.dataset_folder("shapes", "train")
+    (shapes / "broken").touch()
+    with pytest.raises(SystemExit, match="prepare.py failed"):
+        text2mask.dataset_folder("shapes", "train")
+    assert (shapes / "log").read_text() == ";;;--unlabelled 8000;;"
+    with pytest.raises(SystemExit, match="other/test: looked for a pair folder, found none; there are train$"):
+        text2mask.dataset_folder("other", "test")
+
+
+def test_default_weights_are_the_given_the_shipped_then_the_trained(tmp_path, monkeypatch):
+    import masksyn
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(masksyn, "ROOT", tmp_path / "repository")
+    demo, choose = tmp_path / "repository/weights/shapes/text2mask", masksyn.demo_or_trained
+    assert choose("shapes", "text2mask", None) == Path("out/shapes/text2mask")
+    demo.mkdir(parents=True)
+    (demo / "model.safetensors").touch()
+    assert choose("shapes", "text2mask", None) == demo and choose("shapes", "text2mask", Path("x")) == Path("x")
+    assert choose("data/mine/", "text2mask", None) == Path("out/mine/text2mask")
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert text2mask.name_of(".") == "mine" and text2mask.name_of("..") == tmp_path.name
 
 
 FAST = ("--limit", "6", "--batch", "2", "--steps", "3", "--mask-steps", "3")
@@ -333,11 +529,13 @@ def demo():
     return "--text2mask", REPO / "weights/shapes/text2mask", "--mask2img", REPO / "weights/shapes/mask2img"
 
 
-def test_two_ranks_write_what_one_writes(shapes, tmp_path):
-    one = dict(OMP_NUM_THREADS="1")
-    script("imgsyn.py", "--data", shapes, *demo()[2:], *FAST[:6], "--out", tmp_path / "one", **one)
-    script("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29517, "imgsyn.py", "--data", shapes,
-           *demo()[2:], *FAST[:6], "--out", tmp_path / "two", **one)
+@pytest.mark.parametrize("mode, skip, port", [("masksyn.py", 0, 29516), ("imgsyn.py", 2, 29517)])
+def test_two_ranks_write_what_one_writes(shapes, tmp_path, mode, skip, port):
+    """With one thread on either side: how sums are split over threads changes their last bits."""
+    flags = [mode, "--data", shapes, *demo()[skip:], *FAST[:len(FAST) - skip]]
+    script(*flags, "--out", tmp_path / "one", OMP_NUM_THREADS="1")
+    script("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, *flags, "--out", tmp_path / "two",
+           OMP_NUM_THREADS="1")
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
 
 
@@ -345,8 +543,8 @@ def test_prompt_and_mask_commands(tmp_path):
     script("text2mask.py", "sample", "--prompt", "a red house by the water — naïve café 日本 " * 9, "--steps", 3, "--out", tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"mask.png", "colours.png", "legend.png"}
     script("mask2img.py", "sample", "--mask", tmp_path / "mask.png", "--prompt", "a house", "--steps", 2, "--count", 2,
-           "--out", tmp_path / "images.png")
-    assert Image.open(tmp_path / "images.png").width == 3 * 256
+           "--out", tmp_path / "deep" / "er")
+    assert Image.open(tmp_path / "deep" / "er" / "images.png").width == 3 * 256
 
 
 def spoiled(world, out, how):
@@ -381,6 +579,41 @@ def test_bad_pairs_are_told_in_one_line(shapes, tmp_path, how, words):
         data = text2mask.Pairs(folder, (64, 64), lambda captions: torch.zeros(len(captions), 8, dtype=torch.long))
         [data[i, 0] for i in range(len(data))]
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("how, words", [("size", "must agree"), ("RGB", "instance ids"), ("id 256", "instance id 256")])
+def test_bad_instance_maps_are_told_in_one_line(shapes, tmp_path, how, words):
+    import imgsyn
+    folder = shutil.copytree(shapes / "train", tmp_path / "train")
+    path = sorted((folder / "instances").iterdir())[0]
+    image = {"size": Image.new("L", (64, 60)), "RGB": Image.new("RGB", (64, 64)), "id 256": Image.new("I;16", (64, 64), 256)}
+    image[how].save(path)
+    data = text2mask.Pairs(folder, (64, 64), lambda c: torch.zeros(len(c), 8, dtype=torch.long), edges=True)
+    for read in (lambda: data[0, 0], lambda: imgsyn.read_mask(folder, path.stem, 13, (64, 64))):
+        with pytest.raises(SystemExit, match=words):
+            read()
+
+
+def test_a_picture_that_would_fill_the_memory_is_told_in_one_line(shapes, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(SystemExit, match="DecompressionBombError"):
+        text2mask.open_image(next((shapes / "train/images").iterdir()))
+
+
+def test_a_loading_process_ends_in_its_own_line(shapes, tmp_path):
+    world = spoiled(shapes, tmp_path / "world", "cut")
+    told = script("text2mask.py", "train", "--data", world, "--size", 16, "--steps", 40, "--batch", 8, "--workers", 1,
+                  "--device", "cpu", "--out", tmp_path / "out", ok=False).stderr
+    assert "looked for a readable image" in told and "see the line above" in told
+
+
+def test_captions_with_sides_are_never_mirrored(shapes, tmp_path):
+    folder = shutil.copytree(shapes / "train", tmp_path / "train")
+    name, tokens = text2mask.names_of(folder)[0][1], lambda c: torch.zeros(len(c), 8, dtype=torch.long)
+    for caption, views in (("a house on the left.", 1), ("Right: a tree", 1), ("a bright house", 2)):
+        (folder / "captions" / f"{name}.txt").write_text(caption)
+        data = text2mask.Pairs(folder, (64, 64), tokens, images=False)
+        assert len({data[0, seed]["codes"].numpy().tobytes() for seed in range(12)}) == views, caption
 
 
 def test_odd_pairs_are_accepted(shapes, tmp_path):
@@ -491,6 +724,7 @@ def test_shapes_same_bytes_for_any_number_of_processes_and_after_an_interruption
     for name in ("train/images/00003.png", "val/images/00001.png", "val/masks/00001.png"):
         os.remove(b / name)
     (b / "train/images/00003.png.77.part").write_bytes(b"half")
+    (b / ".unseen.unfinished").touch()                              # killed between its last scene and the end
     assert module.prepare(str(b), 32, unlabelled=3) == 2 and files(a) == files(b)
     assert module.prepare(str(b), 32, unlabelled=3) == 0
 
@@ -582,10 +816,12 @@ def test_shapes_survives_sigkill(tmp_path):
     command = [sys.executable, SHAPES, "--size", "16", "--limit-train", "40", "--out"]
     subprocess.run([*command, str(tmp_path / "calm")], check=True, capture_output=True)
     process = subprocess.Popen([*command, str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
-    while not os.path.isdir(tmp_path / "killed/unseen/images") or not os.listdir(tmp_path / "killed/train/images"):
+    while process.poll() is None and (not os.path.isdir(tmp_path / "killed/unseen/images")
+                                      or not os.listdir(tmp_path / "killed/train/images")):
         time.sleep(.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert {".train.unfinished", ".unseen.unfinished"} <= set(os.listdir(tmp_path / "killed"))
     time.sleep(1)                                                   # its workers end their chunk
     subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
     assert files(tmp_path / "calm") == files(tmp_path / "killed")
@@ -713,7 +949,7 @@ def test_camvid_captions_name_what_is_there(tmp_path):
 
 def test_camvid_size_resizes_masks_by_nearest(tmp_path):
     raw = raw_camvid(tmp_path / "raw")
-    call("camvid/prepare.py", "--root", raw, "--out", tmp_path, "--size", 13, 7)
+    call("camvid/prepare.py", "--root", raw, "--out", tmp_path, "--size", "13x7")
     for file in (tmp_path / "train/masks").iterdir():
         wanted = Image.fromarray((ids(raw / "trainannot" / file.name) + 1) % 12).resize((13, 7), Image.NEAREST)
         assert np.array_equal(ids(file), np.asarray(wanted))
@@ -724,9 +960,9 @@ def test_camvid_size_resizes_masks_by_nearest(tmp_path):
 
 def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
     raw = raw_camvid(tmp_path / "raw", 150)
-    call("camvid/prepare.py", "--root", raw, "--out", tmp_path / "whole", "--size", 80, 60)
+    call("camvid/prepare.py", "--root", raw, "--out", tmp_path / "whole", "--size", "80x60")
     command = [sys.executable, REPO / "data/camvid/prepare.py", "--root", raw, "--out", tmp_path / "out",
-               "--size", "80", "60"]
+               "--size", "80x60"]
     count = lambda: len(list(tmp_path.glob("out/*/images/*.png")))
     running = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     while running.poll() is None and count() < 20:
@@ -767,7 +1003,7 @@ def test_camvid_bad_input_is_one_line(tmp_path):
         cut = lambda raw: (raw / name / "train_0.png").write_bytes((raw / name / "train_0.png").read_bytes()[:-60])
         assert f"{name}/train_0.png" in error(cut)
         assert f"{name}/train_0.png" in error(lambda raw: (raw / name / "train_0.png").write_text("no picture"))
-    assert "positive" in error(lambda raw: None, "--size", 0, 5)
+    assert "positive" in error(lambda raw: None, "--size", "0x5") and "positive" in error(lambda raw: None, "--size", "a")
     assert "earlier" not in call("camvid/prepare.py", "--root", tmp_path / "nowhere", "--out", out, ok=False)
     (tmp_path / "file").write_text("")
     assert "--out" in call("camvid/prepare.py", "--root", tmp_path / "raw", "--out", tmp_path / "file/x", ok=False)
@@ -2582,6 +2818,13 @@ def tiny_inputs(text, captions):
     context, pooled = text(text.tokenize(captions))
     ids = torch.tensor([[64, 64, 0, 0, 64, 64]] * b)
     return torch.randn(b, 3, 64, 64), torch.linspace(10, 900, b), context, pooled, ids
+
+
+def test_the_shapes_that_are_printed():
+    with torch.device("meta"), torch.no_grad():
+        unet, _, text = tiny()
+        assert nets.shapes(unet) == "x (1, 3, 64, 64), context (1, 48, 96) -> (1, 3, 64, 64)"
+        assert nets.shapes(text) == "tokens (1, 48) -> context (1, 48, 96), pooled (1, 96)"
 
 
 @torch.no_grad()

@@ -1,27 +1,32 @@
 """Text2Mask: a caption -> a segmentation mask, by a diffusion model that paints colour-coded masks.
 
-A mask becomes an image by giving each class a colour, so a text-to-image model can be fine-tuned to draw masks. In
-pixel space the network says, for every pixel, how likely each colour of the palette is; x0 is the expected colour and
-the loss is cross-entropy, so a finished mask needs no decoding of blended borders. With SDXL the colour map
-is an image like any other: its latents are noised; a sample is decoded by the VAE and read by nearest colour.
+A mask becomes an image by giving each class a colour, so a text-to-image model can be fine-tuned to draw
+masks. In pixel space the network says, for every pixel, how likely each colour of the palette is; x0 is the
+expected colour and the loss is cross-entropy, so a finished mask needs no decoding of blended borders. With
+SDXL the colour map is an image like any other: its latents are noised; a sample is decoded by the VAE and
+read by nearest colour.
 
-Paper: SegGen (2311.03355) section 3, Text2Mask: SDXL-base fine-tuned on (caption, colour map), lr 1e-5, 30k steps.
-       The palette is measured in the authors' published pictures, where it explains every pixel.
-Differs: on small data the base is a small pixel-space UNet of our own with a logit per colour; masks are cleaned of
-       specks (the paper's are not); edges between instances are one pixel wide (the paper does not say).
+Paper: SegGen (2311.03355) section 3, Text2Mask: SDXL-base fine-tuned on (caption, colour map), lr 1e-5, 30k
+       steps. The palette is measured in the authors' published pictures, where it explains every pixel.
+Differs: on small data the base is a small pixel-space UNet of our own with a logit per colour; masks are
+       cleaned of specks (the paper's are not); edges between instances are one pixel wide (the paper does not
+       say).
 Reads: data/NAME/{train,val} pair folders; --init a base of mask2img.py or SDXL's public folder.
 Writes: out/NAME/text2mask.
 Needs: unet.py, diffusion.py.
     python text2mask.py sample --prompt "two red houses by the water at sunset"
     python text2mask.py train --data shapes --init out/shapes/base
     torchrun --nproc_per_node 8 text2mask.py train --data ade20k --init stable-diffusion-xl-base-1.0 --shard
-Dimension key: B batch, C channels, H W pixels, L caption tokens, D width, K classes; codes 0 void, 1..K, K + 1 edge.
+Dimension key: B batch, C channels, H W pixels, L caption tokens, D width, K classes; codes 0 void, 1..K,
+K + 1 edge.
 """
 import argparse
 import contextlib
 import functools
 import json
+import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,20 +40,20 @@ from tqdm import tqdm
 
 import diffusion
 import unet as networks
-from diffusion import Schedule, positive, replacing, seed_of
+from diffusion import Schedule, positive, replacing, seed_of, within
 from unet import PRESETS, VAE, SDXLText, TextEncoder, UNet
 
 ROOT = Path(__file__).resolve().parent
 PAPER = dict(steps=30000, lr=1e-5, size=(768, 768), batch=4, checkpointing=True, workers=4,  # batch: [?]
              save_every=2500)
-MAX_CLASSES = 214                                                        # b = 6 has 216 colours: void and edge are two
+MAX_CLASSES = 214                          # b = 6 has 216 colours: void and edge are two
 
 
-# -------------------------------------------------------------------------------------------- the mask codec
+# --------------------------------------------------------------------------------------------- the mask codec
 
 def palette(K):
-    """K classes -> (K + 2, 3) uint8 colours of the codes 0 void, 1..K classes, K + 1 edge. Paper [D]: design of the
-    authors' pictures (ADE20K wall (0, 0, 51), building (0, 0, 102); the edge colour of COCO is code 134)."""
+    """K classes -> (K + 2, 3) uint8 colours of the codes 0 void, 1..K classes, K + 1 edge. Paper [D]: design
+    of the authors' pictures (ADE20K wall (0, 0, 51), building (0, 0, 102); edge colour of COCO: code 134)."""
     assert 1 <= K <= MAX_CLASSES, f"{K} classes; 1 to {MAX_CLASSES} have a colour"
     b = next(b for b in range(2, 7) if b ** 3 >= K + 2)
     s, v = round(255 / (b - 1)), np.arange(K + 2)
@@ -56,7 +61,8 @@ def palette(K):
 
 
 def outlined(ids, instances, K):
-    """(H, W) class ids and instances -> codes with every segment's border (its last pixels right and down) as edge."""
+    """(H, W) class ids and instances -> codes with every segment's border (its last pixels right and down) as
+    edge."""
     segment = ids.astype(np.int64) * 256 + instances
     edge = np.zeros(ids.shape, bool)
     edge[:, :-1] |= segment[:, :-1] != segment[:, 1:]
@@ -65,30 +71,31 @@ def outlined(ids, instances, K):
 
 
 def encode(ids, K, instances=None):
-    """(H, W) class ids -> (H, W, 3) uint8 colour map; with instances every segment is outlined in the edge colour."""
+    """(H, W) class ids -> (H, W, 3) uint8 colour map; with instances every segment is outlined in the edge
+    colour."""
     return palette(K)[ids if instances is None else outlined(ids, instances, K)]
 
 
 def decode(colours, K, ambiguity=0.8):
-    """(H, W, 3) uint8 -> (H, W) uint8 codes by the nearest palette colour; a pixel whose nearest distance is over
-    `ambiguity` times its second nearest is void: it lies between two classes."""
+    """(H, W, 3) uint8 -> (H, W) uint8 codes by the nearest palette colour; a pixel whose nearest distance is
+    over `ambiguity` times its second nearest is void: it lies between two classes."""
     flat = torch.from_numpy(np.array(colours, np.float32)).reshape(-1, 3)
     code = torch.from_numpy(palette(K).astype(np.float32))
     out = []
-    for part in flat.split(1 << 18):                                     # 2 MP x 152 codes would take 1.2 GB at once
+    for part in flat.split(1 << 18):                                     # 2 MP x 152 codes at once: 1.2 GB
         near, index = torch.cdist(part, code).topk(2, largest=False)     # (N, 2)
         out.append(torch.where(near[:, 0] > ambiguity * near[:, 1], 0, index[:, 0]))
     return torch.cat(out).reshape(colours.shape[:2]).to(torch.uint8).numpy()
 
 
 def components(values):
-    """(H, W) integers -> (H, W) labels: 4-connected regions of equal value share their smallest flat index."""
+    """(H, W) integers -> (H, W) labels: a 4-connected region of equal value has its smallest flat index."""
     index = np.arange(values.size).reshape(values.shape)
     right, down = values[:, 1:] == values[:, :-1], values[1:] == values[:-1]
     a = np.concatenate([index[:, :-1][right], index[:-1][down]])
     b = np.concatenate([index[:, 1:][right], index[1:][down]])
     label = index.ravel().copy()
-    while len(a):                                                        # hook roots together, then shorten all paths
+    while len(a):                                                        # hook roots, then shorten all paths
         low = np.minimum(label[a], label[b])
         np.minimum.at(label, label[a], low)
         np.minimum.at(label, label[b], low)
@@ -100,14 +107,15 @@ def components(values):
 
 
 def grow(known, *maps):
-    """Pixels outside `known` (H, W) bool take the values of the nearest known ones, ring by ring, in each of maps."""
+    """Pixels outside `known` (H, W) bool take the values of the nearest known ones, ring by ring, in each of
+    maps."""
     known, maps = known.copy(), [m.copy() for m in maps]
     while known.any() and not known.all():
         before = known.copy()
         for axis, shift in ((0, 1), (0, -1), (1, 1), (1, -1)):
             border = (slice(None),) * axis + (0 if shift == 1 else -1,)
             take = np.roll(before, shift, axis)
-            take[border] = False                                         # nothing comes from beyond the border
+            take[border] = False                                         # nothing is beyond the border
             take &= ~known
             for m in maps:
                 m[take] = np.roll(m, shift, axis)[take]
@@ -116,15 +124,16 @@ def grow(known, *maps):
 
 
 def clean(ids, min_region=8):
-    """(H, W) codes -> the same with every 4-connected region under min_region pixels given to what surrounds it."""
+    """(H, W) codes -> the same with every 4-connected region under min_region pixels given to what surrounds
+    it."""
     label = components(ids)
     size = np.bincount(label.ravel(), minlength=ids.size)
     return grow(size[label] >= min_region, ids)[0]
 
 
 def segments(codes, isthing, min_region=8):
-    """(H, W) codes, edges included -> class ids and instances (H, W) uint8: a thing's instances are its connected
-    regions between edges, grown back over the edges. Instances are numbered 1..254 in reading order."""
+    """(H, W) codes, edges included -> class ids and instances (H, W) uint8: a thing's instances are its
+    connected regions between edges, grown back over the edges, and numbered 1..254 in reading order."""
     K = len(isthing)
     codes = clean(codes, min_region) if (codes <= K).all() else codes
     label = components(codes)
@@ -138,20 +147,44 @@ def segments(codes, isthing, min_region=8):
     return ids.astype(np.uint8), instances
 
 
-# ------------------------------------------------------------------------------------------------- the data
+# --------------------------------------------------------------------------------------------------- the data
 
 def dataset_folder(data, split):
-    """--data NAME or PATH -> its pair folder of that split; the built-in shapes are drawn on the spot."""
+    """--data NAME or PATH -> its pair folder of that split; the built-in shapes are drawn on the spot. Under
+    torchrun every rank must ask, after diffusion.start."""
     folder = (Path(data) if Path(data).is_dir() else ROOT / "data" / data) / split
-    if not folder.is_dir() and str(data) == "shapes":
-        import subprocess
-        size = ["--unlabelled", "8000"] if split == "unlabelled" else []
-        subprocess.run([sys.executable, str(ROOT / "data" / "shapes" / "prepare.py"), *size], check=True)
+    if folder.parent.resolve() == (ROOT / "data" / "shapes").resolve():
+        drawn(folder)
     if not folder.is_dir():
-        script = ROOT / "data" / str(data) / "prepare.py"
-        todo = f"run `python data/{data}/prepare.py --root RAW`" if script.exists() else "give --data a pair folder's parent"
+        script, there = ROOT / "data" / str(data) / "prepare.py", sorted(folder.parent.glob("*/images"))
+        todo = "give --data a pair folder's parent"
+        if there:
+            todo = f"there are {', '.join(path.parent.name for path in there)}"
+        elif script.exists():
+            todo = f"run `python data/{data}/prepare.py --root RAW`"
         sys.exit(f"{folder}: looked for a pair folder, found none; {todo}")
     return folder
+
+
+def drawn(folder):
+    """Draws a split of the built-in shapes where it is missing or a killed run left it half-made: the first
+    rank does, the others wait."""
+    mark = folder.parent / f".{folder.name}.unfinished"                  # the script's own: see its `missing`
+    if os.environ.get("RANK", "0") == "0" and (mark.exists() or not folder.is_dir()):
+        script = ROOT / "data" / "shapes" / "prepare.py"
+        size = ["--unlabelled", "8000"] if folder.name == "unlabelled" else []
+        if subprocess.run([sys.executable, str(script), *size]).returncode:
+            sys.exit(f"{folder}: looked for a drawn split, but {script} failed: see the line above")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def check_classes(wanted, found, where):
+    """Two lists of classes, of data or checkpoints, must name the same; where: what the second is of."""
+    first, second = ([c["name"] for c in classes] for classes in (wanted, found))
+    if first != second:
+        sys.exit(f"{where}: its {len(second)} classes are not the {len(first)} expected; take what was made "
+                 "of the same data")
 
 
 def read_classes(folder):
@@ -161,16 +194,18 @@ def read_classes(folder):
         classes = json.loads(path.read_text())
         names = [str(c["name"]) for c in classes]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        sys.exit(f"{path}: looked for a list of {{name, isthing}}, found {type(error).__name__}; write one entry a class")
+        sys.exit(f"{path}: looked for a list of {{name, isthing}}, found {type(error).__name__}; write one "
+                 "entry a class")
     if not 1 <= len(names) <= MAX_CLASSES:
-        sys.exit(f"{path}: {len(names)} classes; the palette has colours for 1 to {MAX_CLASSES}: merge or drop some")
+        sys.exit(f"{path}: {len(names)} classes; the palette has colours for 1 to {MAX_CLASSES}: merge or "
+                 "drop some")
     return [dict(name=name, isthing=bool(c.get("isthing", False))) for name, c in zip(names, classes)]
 
 
 def names_of(folder, masks=True):
-    """Sorted [(image path, name)] of a pair folder; every image must have its mask and every mask its image."""
+    """Sorted [(image path, name)] of a pair folder; every image must have its mask, every mask its image."""
     folder = Path(folder)
-    images = {p.stem: p for p in sorted((folder / "images").glob("[!.]*.*"))} if (folder / "images").is_dir() else {}
+    images = {p.stem: p for p in sorted((folder / "images").glob("[!.]*.*"))}
     if not images:
         sys.exit(f"{folder / 'images'}: looked for images, found none; prepare the data set first")
     if masks:
@@ -178,8 +213,8 @@ def names_of(folder, masks=True):
         alone = sorted(set(images) ^ have)
         if alone:
             what = "an image without a mask" if alone[0] in images else "a mask without an image"
-            sys.exit(f"{folder}: {len(alone)} of {len(images)} images and {len(have)} masks have no partner; {alone[0]} is "
-                     f"{what}; add it or remove its partner")
+            sys.exit(f"{folder}: {len(alone)} of {len(images)} images and {len(have)} masks have no partner; "
+                     f"{alone[0]} is {what}; add it or remove its partner")
     return [(images[name], name) for name in sorted(images)]
 
 
@@ -188,29 +223,36 @@ def open_image(path, kind="image"):
         image = Image.open(path)
         image.load()
         return image
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        sys.exit(f"{path}: looked for a readable {kind}, found {type(error).__name__} ({error}); replace or remove it")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        sys.exit(f"{path}: looked for a readable {kind}, found {type(error).__name__} ({error}); replace or "
+                 "remove it")
 
 
 def read_ids(path, K, size=None):
-    """A mask PNG -> (H, W) uint8 class ids; refuses RGB and ids over K."""
-    mask = open_image(path, "mask")
+    """A mask PNG -> (H, W) uint8 ids; refuses RGB, another (W, H) than size, and ids over K: the number of
+    classes, or 255 for instances."""
+    mask, kind = open_image(path, "mask"), "class" if K <= MAX_CLASSES else "instance"
     if mask.mode not in ("P", "L", "1", "I", "I;16"):
-        sys.exit(f"{path}: looked for class ids (palette or grey PNG), found mode {mask.mode}; save class ids, not colours")
+        sys.exit(f"{path}: looked for {kind} ids (palette or grey PNG), found mode {mask.mode}; save {kind} "
+                 "ids, not colours")
     if size is not None and mask.size != size:
-        sys.exit(f"{path}: the mask is {mask.size[0]} x {mask.size[1]}, its image {size[0]} x {size[1]}; they must agree")
+        sys.exit(f"{path}: the mask is {mask.size[0]} x {mask.size[1]}, its image {size[0]} x {size[1]}; "
+                 "they must agree")
     ids = np.array(mask).astype(np.int64)
     if ids.max(initial=0) > K:
-        sys.exit(f"{path}: class id {ids.max()} but classes.json has {K} classes; add the class or mend the mask")
+        todo = "add the class to classes.json or mend the mask" if kind == "class" else "mend the mask"
+        sys.exit(f"{path}: looked for ids of 0 to {K}, found {kind} id {ids.max()}; {todo}")
     return ids.astype(np.uint8)
 
 
 def read_captions(folder, name, classes, ids=None):
-    """Lines of captions/NAME.txt; where there are none, one composed from the classes of ids."""
+    """Lines of captions/NAME.txt; where there are none, one composed from the classes of ids, which are read
+    from masks/ if not given. With classes empty, there are no masks: it is "" then."""
     path = Path(folder) / "captions" / f"{name}.txt"
-    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()] if path.exists() else []
-    lines = [line for line in lines if line]
-    if not lines and ids is not None:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines and classes:
+        ids = read_ids(Path(folder) / "masks" / f"{name}.png", len(classes)) if ids is None else ids
         announce(f"{folder}: no captions for some images; composed from their class names")
         present = [classes[i - 1]["name"] for i in np.unique(ids) if i]
         lines = ["a picture of " + (", ".join(present) or "nothing")]
@@ -226,12 +268,13 @@ class Pairs(torch.utils.data.Dataset):
     """A pair folder for the generators. Item (index, seed) -> dict of tensors:
 
     tokens (L,) long; time_ids (6,) SDXL's original size, crop corner and target size, (h, w) each, in pixels;
-    image (3, H, W) in [-1, 1] if images; codes (H, W) long if masks (outlined if edges and the data has instances).
-    size is (H, W): pictures are scaled to cover it (masks by nearest) and cropped at random. A mirror image is drawn
-    half of the time, unless the caption speaks of left or right.
+    image (3, H, W) in [-1, 1] if images; codes (H, W) long if masks (outlined if edges and the data has
+    instances). size is (H, W): pictures are scaled to cover it (masks by nearest) and cropped at random. A
+    mirror image is drawn half of the time, unless the caption speaks of left or right.
     """
 
-    def __init__(self, folder, size, tokenize, images=True, masks=True, edges=False, limit=None, augment=True):
+    def __init__(self, folder, size, tokenize, images=True, masks=True, edges=False, limit=None,
+                 augment=True):
         self.folder, self.size, self.tokenize = Path(folder), size, tokenize
         self.images, self.masks, self.edges, self.augment = images, masks, edges, augment
         self.classes = read_classes(folder) if masks else []
@@ -248,17 +291,18 @@ class Pairs(torch.utils.data.Dataset):
         ids = read_ids(self.folder / "masks" / f"{name}.png", K, image.size) if self.masks else None
         lines = read_captions(self.folder, name, self.classes, ids)
         caption = lines[rng.integers(len(lines))] if self.augment else lines[0]
-        words = caption.lower().replace(",", " ").split()
+        words = re.findall("[a-z]+", caption.lower())
         mirror = self.augment and rng.random() < 0.5 and not {"left", "right"} & set(words)
         fit, h, w, room = placed(image.size, self.size, rng if self.augment else None)
         w = room - w if mirror else w                                    # the mirror image's crop
         if self.images:
             pixels = np.asarray(fit(image.convert("RGB"), Image.Resampling.BOX))
-            out["image"] = flipped(torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1, mirror)
+            pixels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)    # (3, H, W)
+            out["image"] = flipped(pixels.float() / 127.5 - 1, mirror)
         if self.masks:
             path = self.folder / "instances" / f"{name}.png"
             if self.edges and path.exists():
-                ids = outlined(ids, np.array(open_image(path, "instance mask")), K)
+                ids = outlined(ids, read_ids(path, 255, image.size), K)
             codes = np.asarray(fit(Image.fromarray(ids), Image.Resampling.NEAREST))
             out["codes"] = flipped(torch.from_numpy(codes.astype(np.int64)), mirror)
         out["tokens"] = self.tokenize([caption])[0]
@@ -284,7 +328,7 @@ def flipped(tensor, mirror):
     return tensor.flip(-1) if mirror else tensor
 
 
-# ---------------------------------------------------------------------------------------------- the networks
+# ----------------------------------------------------------------------------------------------- the networks
 
 @contextlib.contextmanager
 def told():
@@ -306,7 +350,7 @@ def frozen(base, device):
 class TextToImage(nn.Module):
     """A UNet, its text encoder and its schedule: caption -> picture. The base of both generators.
 
-    unet, text, schedule: constructor arguments of UNet, TextEncoder, Schedule;  size: (H, W) it was trained at.
+    unet, text, schedule: constructor arguments of UNet, TextEncoder, Schedule;  size: (H, W) of training.
     base: in place of these a folder of SDXL in the public layout. Then latents of its frozen VAE are painted;
     text encoders and VAE have their weights, and the UNet has none (the meta device) until it is given them.
     """
@@ -457,22 +501,37 @@ class Text2Mask(TextToImage):
         return (codes, (x0.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5) if maps else codes
 
 
+def check_tensors(own, given, where, anew=()):
+    """The tensors of a base must be those of its part of a model in this version; those whose names start
+    with one of `anew` may be of other shapes."""
+    for name in sorted(own.keys() | given.keys()):
+        if name not in own or name not in given:
+            found = "is in one only"
+        elif own[name].shape != given[name].shape and not name.startswith(anew):
+            found = "has another shape"
+        else:
+            continue
+        sys.exit(f"{where}: looked for the tensors of this version's base, {name} {found}; train it anew")
+
+
 def start_from(model, state, init):
-    """Copies a base's weights into a Text2Mask; only the last convolution, which is of another width, starts anew."""
+    """Copies a base's weights into a Text2Mask; only the last convolution, of another width, starts anew."""
     own = model.state_dict()
+    check_tensors(own, state, init, ("unet.head.2.", "unet.conv_out."))
     fits = {name: t for name, t in state.items() if own[name].shape == t.shape}
     model.load_state_dict({**own, **fits})
     print(f"from {init}: {len(fits)} of {len(own)} tensors, {', '.join(sorted(set(own) - set(fits)))} anew")
 
 
-# ------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------- pictures
 
 def legend(image, ids, classes):
     """A PIL picture with a strip beneath that names the colours of the classes in ids."""
     present = [int(i) for i in np.unique(ids) if 0 < i <= len(classes)]
     colours, width = palette(len(classes)), 110
     columns = max(image.width // width, 1)
-    sheet = Image.new("RGB", (max(image.width, width), image.height + 6 + 18 * -(-len(present) // columns)), "white")
+    height = image.height + 6 + 18 * -(-len(present) // columns)
+    sheet = Image.new("RGB", (max(image.width, width), height), "white")
     sheet.paste(image)
     draw = ImageDraw.Draw(sheet)
     for n, i in enumerate(present):
@@ -496,7 +555,7 @@ def write_mask(path, ids, K):
         image.save(part)
 
 
-# ------------------------------------------------------------------------------------------------------ CLI
+# -------------------------------------------------------------------------------------------------------- CLI
 
 def parse_size(text):
     """"64" or "96x72" (width x height) -> (H, W), multiples of 8."""
@@ -511,7 +570,7 @@ def parse_size(text):
 
 def common_flags(parser, steps, batch, lr):
     """The flags of every training command of the generators."""
-    parser.add_argument("--data", default="shapes", help="NAME (data/NAME) or a folder that holds train/ and val/")
+    parser.add_argument("--data", default="shapes", help="NAME (data/NAME) or a folder with train/ and val/")
     parser.add_argument("--out", type=Path, help="folder of the results (default: out/NAME/STAGE)")
     parser.add_argument("--init", type=Path, help="base to start from: a folder of `mask2img.py base`, or "
                         "of SDXL in the public layout; with SDXL the defaults are "
@@ -522,10 +581,12 @@ def common_flags(parser, steps, batch, lr):
     parser.add_argument("--batch", type=positive(int), default=batch, help="samples a step and rank")
     parser.add_argument("--accumulate", type=positive(int), default=1, help="batches a step")
     parser.add_argument("--lr", type=positive(float), default=lr, help="peak learning rate")
-    parser.add_argument("--drop", type=float, default=0.1, help="share of conditions dropped for guidance")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=0, help="processes that load data")
-    parser.add_argument("--save-every", type=positive(int), default=500, help="steps between states to resume from")
+    parser.add_argument("--drop", type=within(float, 0, 1), default=0.1,
+                        help="share of conditions dropped for guidance")
+    parser.add_argument("--seed", type=int, default=0, help="of the first weights, batches and noise")
+    parser.add_argument("--workers", type=within(int, 0), default=0, help="processes that load data")
+    parser.add_argument("--save-every", type=positive(int), default=500,
+                        help="steps between states to resume from")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--compile", action="store_true", help="torch.compile (for CUDA)")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
@@ -533,7 +594,8 @@ def common_flags(parser, steps, batch, lr):
     parser.add_argument("--shard", action="store_true", help="SDXL under torchrun: weights, gradients and "
                         "optimiser state spread over the ranks (FSDP2) instead of copied (DDP)")
     parser.add_argument("--min-snr", type=positive(float), help="SDXL: caps clean inputs' weight; 5 is usual")
-    parser.add_argument("--noise-offset", type=float, default=0.0, help="SDXL: a random constant a channel")
+    parser.add_argument("--noise-offset", type=within(float, 0), default=0.0,
+                        help="SDXL: a random constant a channel")
 
 
 def parsed(parser, *training):
@@ -554,16 +616,20 @@ def parsed(parser, *training):
 
 
 def sampling_flags(parser):
-    parser.add_argument("--init", type=Path, default=ROOT / "weights" / "shapes" / "text2mask", help="trained Text2Mask")
+    parser.add_argument("--init", type=Path, default=ROOT / "weights" / "shapes" / "text2mask",
+                        help="trained Text2Mask")
     parser.add_argument("--steps", type=positive(int), default=12, help="sampling steps")
-    parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance; 1 = none")
-    parser.add_argument("--sampler", choices=("dpm++", "ddim", "euler", "edm"), default="edm")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--guidance", type=within(float, 0), default=2.0,
+                        help="classifier-free guidance; 1 = none")
+    parser.add_argument("--sampler", choices=("dpm++", "ddim", "euler", "edm"), default="edm",
+                        help="edm evaluates twice a step and adds fresh noise")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another mask")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
 
 
 def name_of(data):
-    return Path(data).name
+    """--data NAME or PATH -> the NAME in out/NAME."""
+    return Path(os.path.abspath(data)).name
 
 
 def fit(model, loss, data, args, stage, picture, measure=None):
@@ -572,10 +638,13 @@ def fit(model, loss, data, args, stage, picture, measure=None):
         for part in model.children():
             getattr(part, "recompute", lambda: None)()
     slow = dict(warmup=500, decay="constant", ema=0.9999) if args.public else {}
-    diffusion.fit(model, loss, data, args.out or Path("out") / name_of(args.data) / stage, steps=args.steps,
-                  batch=args.batch, lr=args.lr, seed=args.seed, device=args.device, accumulate=args.accumulate,
-                  compile=args.compile, shard=args.shard, workers=args.workers, save_every=args.save_every,
-                  picture=picture, measure=measure, **slow)
+    about = ("data", "split", "init", "limit", "drop", "unfreeze", "controlnet", "min_snr", "noise_offset")
+    about = {key: str(getattr(args, key)) for key in about if hasattr(args, key)}
+    out = args.out or Path("out") / name_of(args.data) / stage
+    diffusion.fit(model, loss, data, out, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed,
+                  device=args.device, accumulate=args.accumulate, compile=args.compile, shard=args.shard,
+                  workers=args.workers, save_every=args.save_every, picture=picture, measure=measure,
+                  about=about, **slow)
 
 
 def assembled(args, classes):
@@ -591,13 +660,15 @@ def assembled(args, classes):
     if args.init:
         config, state = diffusion.read(args.init, "TextToImage")
     network = dict(config["unet"], out_channels=len(classes) + 2)
-    model = Text2Mask(network, config["text"], config["schedule"], args.size, classes, args.edges)
+    with diffusion.of_this_version(args.init):
+        model = Text2Mask(network, config["text"], config["schedule"], args.size, classes, args.edges)
     if args.init:
         start_from(model, state, args.init)
     return model
 
 
 def train(args):
+    diffusion.start(args.device)
     folder = dataset_folder(args.data, "train")
     classes = read_classes(folder)
     torch.manual_seed(seed_of(args.seed, "weights"))
@@ -611,8 +682,8 @@ def train(args):
         codes = model.sample(captions, range(len(captions)))
         truth = [palette(K)[data[(i, 0)]["codes"].numpy()] for i in range(len(captions))]
         made = [palette(K)[c] for c in codes]
-        rows = [row for i in range(0, len(made) // 8 * 8, 8) for row in (truth[i:i + 8], made[i:i + 8])] or [truth, made]
-        legend(grid(rows, 1 if model.vae else 2), codes, classes).save(path)
+        rows = [row[i:i + 8] for i in range(0, len(made) // 8 * 8, 8) for row in (truth, made)]
+        legend(grid(rows or [truth, made], 1 if model.vae else 2), codes, classes).save(path)
     options = args.drop, args.min_snr, args.noise_offset
     fit(model, lambda net, batch: model.loss(net, batch, *options), data, args, "text2mask", picture)
 
@@ -621,18 +692,21 @@ def sample(args):
     device, _, _ = diffusion.start(args.device)
     model = diffusion.load(Text2Mask, args.init, device)
     classes = model.config["classes"]
-    codes = model.sample([args.prompt], [seed_of(args.seed)], args.steps, args.guidance, args.sampler, args.size)[0]
-    ids, instances = segments(codes, [c["isthing"] for c in classes], args.min_region)
+    codes = model.sample([args.prompt], [seed_of(args.seed)], args.steps, args.guidance, args.sampler,
+                         args.size)
+    ids, instances = segments(codes[0], [c["isthing"] for c in classes], args.min_region)
     with diffusion.writable(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
     write_mask(args.out / "mask.png", ids, len(classes))
     scale = max(1, 256 // ids.shape[0])
     colours = encode(ids, len(classes))
-    for name, image in (("colours", Image.fromarray(colours)), ("legend", legend(grid([[colours]], scale), ids, classes))):
+    named_colours = legend(grid([[colours]], scale), ids, classes)
+    for name, image in (("colours", Image.fromarray(colours)), ("legend", named_colours)):
         with replacing(args.out / f"{name}.png") as path:
             image.save(path)
     names = [classes[i - 1]["name"] for i in np.unique(ids) if i]
-    print(f"{args.out}: mask.png (ids), colours.png, legend.png; {', '.join(names)}; {instances.max()} instances")
+    print(f"{args.out}: mask.png (ids), colours.png, legend.png; {', '.join(names)}; {instances.max()} "
+          "instances")
 
 
 def named(caption, words):
@@ -652,6 +726,7 @@ def measure(args):
     device, _, _ = diffusion.start(args.device)
     model, folder = diffusion.load(Text2Mask, args.init, device), dataset_folder(args.data, args.split)
     classes, names = read_classes(folder), [name for _, name in names_of(folder)][:args.limit]
+    check_classes(model.config["classes"], classes, folder / "classes.json")
     path = folder / "words.json"
     words = json.loads(path.read_text()) if path.exists() else {c["name"]: [c["name"]] for c in classes}
     isthing, colours = [c["isthing"] for c in classes], palette(len(classes)).astype(np.float32)
@@ -660,8 +735,8 @@ def measure(args):
         part = names[i:i + 25]
         captions = [read_captions(folder, name, classes)[0] for name in part]
         clock = time.time()
-        codes, maps = model.sample(captions, [seed_of(args.seed, name) for name in part], args.steps, args.guidance,
-                                   args.sampler, maps=True)
+        codes, maps = model.sample(captions, [seed_of(args.seed, name) for name in part], args.steps,
+                                   args.guidance, args.sampler, maps=True)
         seconds += time.time() - clock
         near = np.linalg.norm(maps[:, :, :, None] - colours, axis=-1).min(-1)       # (B, H, W) grey levels
         off.append((near > 20).mean())
@@ -672,11 +747,11 @@ def measure(args):
             asked, shown = named(caption, words), {classes[k - 1]["name"] for k in np.unique(ids) if k}
             shown = {name for name in shown if name in asked or words.get(name) and name != "sky"}
             hits, said, seen = hits + len(asked & shown), said + len(asked), seen + len(shown)
-    print(f"{len(names)} captions of {folder.name}: {100 * np.mean(off):.2f} % of the pixels over 20 grey levels from every "
-          f"colour; in specks under 8 px {100 * np.mean(raw):.3f} % as sampled, {100 * np.mean(cleaned):.3f} % cleaned, "
-          f"{100 * np.mean(real):.3f} % in real masks; named classes: recall {100 * hits / max(said, 1):.1f}, "
-          f"precision {100 * hits / max(seen, 1):.1f} (an unnamed sky is no error); "
-          f"{60 * len(names) / seconds:.0f} masks a minute")
+    print(f"{len(names)} captions of {folder.name}: {100 * np.mean(off):.2f} % of the pixels over 20 grey "
+          f"levels from every colour; in specks under 8 px {100 * np.mean(raw):.3f} % as sampled, "
+          f"{100 * np.mean(cleaned):.3f} % cleaned, {100 * np.mean(real):.3f} % in real masks; "
+          f"named classes: recall {100 * hits / max(said, 1):.1f}, precision {100 * hits / max(seen, 1):.1f} "
+          f"(an unnamed sky is no error); {60 * len(names) / seconds:.0f} masks a minute")
 
 
 def main():
@@ -686,15 +761,17 @@ def main():
     p = commands.add_parser("train", help="train on the masks and captions of a pair folder", **defaults)
     training = p
     common_flags(p, steps=4000, batch=16, lr=1e-3)
-    p.add_argument("--edges", action="store_true", help="outline every segment, so that touching instances come apart")
+    p.add_argument("--edges", action="store_true",
+                   help="outline every segment, so that touching instances come apart")
     p = commands.add_parser("sample", help="paint the mask of one caption", **defaults)
     p.add_argument("--prompt", required=True, help="the caption")
     p.add_argument("--out", type=Path, default=Path("out/sample"), help="folder of the pictures")
     p.add_argument("--size", type=parse_size, help="64 or 96x72 (default: the size it was trained at)")
-    p.add_argument("--min-region", type=positive(int), default=8, help="smaller regions go to their surroundings")
+    p.add_argument("--min-region", type=positive(int), default=8,
+                   help="smaller regions go to their surroundings")
     sampling_flags(p)
     p = commands.add_parser("measure", help="how clean sampled masks are and how well they obey", **defaults)
-    p.add_argument("--data", default="shapes", help="NAME (data/NAME) or a folder that holds train/ and val/")
+    p.add_argument("--data", default="shapes", help="NAME (data/NAME) or a folder with train/ and val/")
     p.add_argument("--split", default="val", help="the split whose captions are used")
     p.add_argument("--limit", type=positive(int), default=300, help="captions")
     sampling_flags(p)

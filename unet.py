@@ -12,7 +12,7 @@ Differs: small models work on patches of pixels, with a full-resolution head, an
 Reads: folders in the public layout (config.json, safetensors, a tokenizer's files).  Writes: nothing.
 Needs: no sibling file.
 
-    python unet.py                  # the sizes of every preset
+    python unet.py                  # the sizes and shapes of every preset
 
 B batch, C channels, H W pixels or latents, N pixels of a grid, L caption tokens, D width,
 T width of the time embedding, P width of the pooled caption
@@ -583,8 +583,8 @@ class UNet(Encoder):
         return self.sharpen(h, x, time, fine) if self.head else h
 
     def sharpen(self, h, x, time, fine):
-        """The head: features, the noisy input and the ControlNet's `fine` residual at full resolution. The time
-        scales and shifts its channels: a nearly clean input is passed on, a noisy one is not."""
+        """The head: features, the noisy input and the ControlNet's `fine` residual at full resolution. The
+        time scales and shifts its channels: a nearly clean input is passed on, a noisy one is not."""
         h = self.head[0](torch.cat([h, x], dim=1))                  # (B, head_channels, H, W)
         scale, shift = self.head_time(F.silu(time))[:, :, None, None].chunk(2, dim=1)
         h = h * (1 + scale) + shift
@@ -659,8 +659,9 @@ class ControlNet(Encoder):
 class TextEncoder(nn.Module):
     """A small transformer over the words of a caption: no vocabulary, any language.
 
-    A token is a hash of a word (0: padding) and picks two rows of one table, whose sum stands for the word: two
-    words share both rows about once in rows**2 / 2. An empty caption is all padding and gives zeros: the null condition."""
+    A token is a hash of a word (0: padding) and picks two rows of one table, whose sum stands for the word:
+    two words share both rows about once in rows**2 / 2. An empty caption is all padding and gives zeros: the
+    null condition."""
 
     def __init__(self, width=96, layers=2, heads=4, length=48, rows=1024):
         super().__init__()
@@ -1002,18 +1003,42 @@ class SDXLText(nn.Module):
         return torch.cat([first, second], dim=2) * real[:, None, None], pooled * real[:, None]
 
 
+def shapes(net):
+    """A network on the meta device -> what shapes go in and come out, as text: 64 px small, 768 px SDXL's."""
+    c, zeros = net.config, torch.zeros
+    if isinstance(net, VAE):
+        x = zeros(1, 3, 768, 768)
+        z = net.encode(x)
+        return f"picture {tuple(x.shape)} -> latents {tuple(z.shape)} -> picture {tuple(net.decode(z).shape)}"
+    if isinstance(net, (TextEncoder, CLIPText)):
+        tokens = zeros(1, c.get("length") or c["max_position_embeddings"], dtype=torch.long)
+        context, pooled = net(tokens)
+        return f"tokens {tuple(tokens.shape)} -> context {tuple(context.shape)}, pooled {tuple(pooled.shape)}"
+    side, pixels, length = (64, 64, 48) if c["patch_size"] > 1 else (96, 768, 77)
+    pooled = zeros(1, c["projection_class_embeddings_input_dim"] - 6 * c["addition_time_embed_dim"])
+    x, context = zeros(1, c["in_channels"], side, side), zeros(1, length, c["cross_attention_dim"])
+    if isinstance(net, UNet):
+        out = net(x, zeros(1), context, pooled, zeros(1, 6))
+        return f"x {tuple(x.shape)}, context {tuple(context.shape)} -> {tuple(out.shape)}"
+    cond = zeros(1, c["conditioning_channels"], pixels, pixels)
+    down, middle, _ = net(x, zeros(1), context, pooled, zeros(1, 6), cond)
+    return f"x {tuple(x.shape)}, map {tuple(cond.shape)} -> {len(down)} skips, middle {tuple(middle.shape)}"
+
+
 def main():
-    """Prints how many parameters every network of every preset has, and where."""
+    """Prints how many parameters every network of every preset has and where, and its shapes."""
     for preset, networks in PRESETS.items():
         for name, arguments in networks.items():
             cls = dict(unet=UNet, controlnet=ControlNet, vae=VAE, text=TextEncoder).get(name, CLIPText)
             if preset == "tiny" and name == "controlnet":
                 arguments = {k: v for k, v in networks["unet"].items() if k != "out_channels"} | arguments
-            with torch.device("meta"):                              # shapes without memory
+            with torch.device("meta"), torch.no_grad():             # shapes without memory
                 net = cls(**arguments)
+                said = shapes(net)
             count = sum(p.numel() for p in net.parameters())
             tensors = len(net.state_dict())
             print(f"{preset}/{name}: {cls.__name__}, {count / 1e6:.2f}M parameters in {tensors} tensors")
+            print(f"    {said}")
             for part, module in net.named_children():
                 print(f"    {part:28}{sum(p.numel() for p in module.parameters()) / 1e6:9.2f}M")
 

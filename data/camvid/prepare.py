@@ -208,14 +208,24 @@ def open_folder(folder):
         sys.exit(f"{folder}: a folder to write in was looked for, found none ({error}); choose another --out")
 
 
+def parse_size(text):
+    """"96x72" -> (96, 72), width and height; "64" is 64x64."""
+    try:
+        w, h = (int(n) for n in (text.split("x") if "x" in text else (text, text)))
+    except ValueError:
+        w = h = 0
+    if min(w, h) < 1:
+        sys.exit(f"--size: 64 or 96x72 (width x height), positive numbers, was looked for, found {text}")
+    return w, h
+
+
 def main():
     parser = argparse.ArgumentParser(description="CamVid (SegNet's layout) -> pair folders train, val, test")
     parser.add_argument("--root", required=True, help="the folder that holds train, trainannot, ...")
     parser.add_argument("--out", default=os.path.dirname(os.path.abspath(__file__)), help="(%(default)s)")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("W", "H"), help="resize (default: link images)")
+    parser.add_argument("--size", type=parse_size,
+                        help="resize to 64 or 96x72 (width x height) (default: link images)")
     args = parser.parse_args()
-    if args.size and min(args.size) < 1:
-        sys.exit(f"--size: two positive numbers were looked for, found {args.size[0]} {args.size[1]}")
     if os.path.realpath(args.root) == os.path.realpath(args.out):
         sys.exit(f"{args.out}: a folder other than --root was looked for; choose another --out")
     splits = [s for s in ("train", "val", "test") if os.path.isdir(os.path.join(args.root, s))] or ["train"]
@@ -225,7 +235,7 @@ def main():
         open_folder(os.path.join(args.out, split))
         jobs += [(*files, os.path.join(args.out, split)) for files in pairs]
     with Pool() as pool:
-        done = pool.imap_unordered(partial(pair, size=args.size and tuple(args.size)), jobs, chunksize=8)
+        done = pool.imap_unordered(partial(pair, size=args.size), jobs, chunksize=8)
         errors = sorted(sum(tqdm(done, "camvid", len(jobs), unit=" pairs"), []))
     if errors:
         sys.exit(f"{errors[0]} ({len(errors)} of {len(jobs)} pairs could not be made)")

@@ -15,6 +15,7 @@ Run:    python data/shapes/prepare.py
 Dimension key: N side of the canvas (3 x size), R rows of it, H W pixels. Coordinates are 0..1, y down.
 """
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -790,25 +791,35 @@ def draw_one(job):
     replace(path("images"), lambda p: Image.fromarray(pair["image"]).save(p, "PNG"))
 
 
+def unfinished(out, split):
+    """The file that stands while a split is not whole, so that a half-made one is not taken for the data."""
+    return os.path.join(out, f".{split}.unfinished")
+
+
 def missing(out, split, count, size, seed):
     """Make the folders of one split -> the jobs still to draw. Exits if it holds another world."""
     folder = os.path.join(out, split)
+    images = os.path.join(folder, "images")
+    have = {name for name in os.listdir(images) if name.endswith(".png")} if os.path.isdir(images) else set()
+    if split == "train" and len(have) > count:
+        sys.exit(f"{folder}: holds {len(have)} scenes, {count} are wanted; delete it or choose another --out")
+    if "00000.png" in have:
+        check_world(os.path.join(images, "00000.png"), draw(split, 0, size, seed)["image"])
+    jobs = [(out, split, i, size, seed) for i in range(count) if f"{i:05d}.png" not in have]
+    if jobs:                                                        # before the folder, let alone a scene
+        os.makedirs(out, exist_ok=True)
+        save_text(unfinished(out, split), "")
     kinds = ["images", "captions"] + (["masks", "instances"] if split != "unlabelled" else [])
     for kind in kinds:
         os.makedirs(os.path.join(folder, kind), exist_ok=True)
         for name in os.listdir(os.path.join(folder, kind)):
             if name.endswith(".part"):                              # a run that was killed left it
                 os.remove(os.path.join(folder, kind, name))
-    have = {name for name in os.listdir(os.path.join(folder, "images")) if name.endswith(".png")}
-    if split == "train" and len(have) > count:
-        sys.exit(f"{folder}: holds {len(have)} scenes, {count} are wanted; delete it or choose another --out")
-    if "00000.png" in have:
-        check_world(os.path.join(folder, "images", "00000.png"), draw(split, 0, size, seed)["image"])
     if split != "unlabelled":
         listing = [{"name": n, "isthing": n in THINGS, "source_id": i} for i, n in enumerate(CLASSES, 1)]
         save_text(os.path.join(folder, "classes.json"), json.dumps(listing, indent=1) + "\n")
         save_text(os.path.join(folder, "words.json"), json.dumps(WORDS, indent=1) + "\n")
-    return [(out, split, i, size, seed) for i in range(count) if f"{i:05d}.png" not in have]
+    return jobs
 
 
 def check_world(path, drawn):
@@ -834,6 +845,9 @@ def prepare(out, size=64, seed=0, limit_train=None, unlabelled=0, processes=None
             done = pool.imap_unordered(draw_one, jobs, chunksize=16)
             for _ in tqdm(done, total=len(jobs), desc="drawing", unit="scene"):
                 pass
+    for split in (split for split, n in counts.items() if n):       # each is whole now
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(unfinished(out, split))
     return len(jobs)
 
 
