@@ -230,11 +230,11 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     defaults = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p = commands.add_parser("base", help="train the text-to-image base, without masks", **defaults)
-    common_flags(p, steps=8000, batch=16, lr=1e-3)
+    common_flags(p, steps=5000, batch=16, lr=3e-3)
     p.add_argument("--split", default="unlabelled", help="the folder of images and captions under --data")
     p = commands.add_parser("train", help="train the ControlNet on the frozen base of --init", **defaults)
     training = p
-    common_flags(p, steps=6000, batch=16, lr=1e-3)
+    common_flags(p, steps=2600, batch=16, lr=2e-3)
     p.add_argument("--controlnet", type=Path, help="SDXL: a ControlNet in the public layout to start from")
     p.add_argument("--edges", action="store_true", help="masks have every segment outlined")
     p.add_argument("--unfreeze", action="store_true", help="train the base as well")

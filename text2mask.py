@@ -760,7 +760,7 @@ def main():
     defaults = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p = commands.add_parser("train", help="train on the masks and captions of a pair folder", **defaults)
     training = p
-    common_flags(p, steps=4000, batch=16, lr=1e-3)
+    common_flags(p, steps=3000, batch=16, lr=2e-3)
     p.add_argument("--edges", action="store_true",
                    help="outline every segment, so that touching instances come apart")
     p = commands.add_parser("sample", help="paint the mask of one caption", **defaults)
