@@ -426,7 +426,8 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
                   config=model.config, **(about or {}))
     first = resume(out, average, optimiser, recipe, rank)
     net = torch.compile(model) if compile else model                     # train net, save model: clean keys
-    if world > 1 and not shard:
+    copies = world > 1 and not shard
+    if copies:
         net = nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None,
                                                   gradient_as_bucket_view=True)
     loader = torch.utils.data.DataLoader(
@@ -439,16 +440,7 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
         for group in optimiser.param_groups:
             group["lr"] = lr * rate(step, steps, warmup, decay)
         torch.manual_seed(seed_of(seed, step, rank, "noise"))
-        losses.append(0)
-        for part in range(accumulate):
-            micro = {key: value[part::accumulate].to(device, non_blocking=True)
-                     for key, value in data.items()}
-            last = part == accumulate - 1
-            with contextlib.nullcontext() if world == 1 or shard or last else net.no_sync():
-                with autocast(device):
-                    error = loss(net, micro) / accumulate
-                error.backward()
-            losses[-1] = losses[-1] + error.detach()
+        losses.append(step_loss(net, loss, data, accumulate, device, copies))
         norm = nn.utils.clip_grad_norm_(average.params.values(), clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         losses[-1] = losses[-1] + 0 * norm                               # NaN where a gradient is not finite
@@ -476,6 +468,21 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
     if world > 1:
         dist.barrier()
     return model.eval()
+
+
+def step_loss(net, loss, data, accumulate, device, copies):
+    """A step's micro-batches -> their mean loss; gradients are left in the parameters. Copies of the model
+    (DDP) exchange them once."""
+    total = 0
+    for part in range(accumulate):
+        micro = {key: value[part::accumulate].to(device, non_blocking=True) for key, value in data.items()}
+        wait = copies and part < accumulate - 1
+        with net.no_sync() if wait else contextlib.nullcontext():
+            with autocast(device):
+                error = loss(net, micro) / accumulate
+            error.backward()
+        total = total + error.detach()
+    return total
 
 
 def rate(step, steps, warmup, decay):

@@ -479,8 +479,8 @@ class Text2Mask(TextToImage):
             tokens = dropped(batch["tokens"], torch.rand(len(codes), device=codes.device) >= drop)
             return diffusion.loss(net, self.schedule, self.latents(x0), tokens, batch["time_ids"],
                                   min_snr=min_snr, noise_offset=noise_offset)
-        u = torch.rand(len(codes), device=codes.device)                  # flat colours show through much noise:
-        t = ((1 - u ** 2) * self.schedule.T).long().clamp(max=self.schedule.T - 1)    # 7 of 10 have sigma over 1
+        u = torch.rand(len(codes), device=codes.device)         # flat colours show through much noise: 7 of
+        t = ((1 - u ** 2) * self.schedule.T).long().clamp(max=self.schedule.T - 1)        # 10 with sigma > 1
         x = self.schedule.noised(x0, torch.randn_like(x0), t)
         tokens = dropped(batch["tokens"], torch.rand(len(codes), 1, device=codes.device) >= drop)
         return F.cross_entropy(net(x, t, tokens, batch["time_ids"]).float(), codes)
