@@ -3247,7 +3247,7 @@ def test_defaults_follow_the_base(sdxl, photos, monkeypatch):
     for init in ((), ("--init", sdxl / "base"), ("--init", sdxl / "base", "--lr", 3e-6, "--no-checkpointing")):
         run(monkeypatch, text2mask, "train", *init)
     assert [(a.lr, a.steps, a.size, a.checkpointing) for a in seen] == [
-        (1e-3, 4000, (64, 64), False), (1e-5, 30000, (768, 768), True), (3e-6, 30000, (768, 768), False)]
+        (2e-3, 3000, (64, 64), False), (1e-5, 30000, (768, 768), True), (3e-6, 30000, (768, 768), False)]
 
 
 def test_min_snr_weights_follow_the_paper():
