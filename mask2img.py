@@ -30,10 +30,10 @@ import torch.nn.functional as F
 
 import diffusion
 import unet as networks
-from diffusion import positive, replacing, seed_of, within
-from text2mask import (ROOT, Pairs, TextToImage, check_classes, check_tensors, common_flags, dataset_folder,
-                       dropped, encode, fit, grid, palette, parsed, read_captions, read_classes, read_ids,
-                       to_pixels, told)
+from diffusion import positive, replacing, seed_of
+from text2mask import (Pairs, TextToImage, check_classes, check_tensors, common_flags, dataset_folder, dropped,
+                       encode, fit, grid, palette, parsed, read_captions, read_classes, read_ids,
+                       sampling_flags, to_pixels, told)
 from unet import PRESETS, ControlNet, UNet
 
 SCHEDULE = dict(kind="cosine", prediction="sample", spacing="trailing")
@@ -241,17 +241,9 @@ def main():
     p = commands.add_parser("sample", help="paint images of one mask", **defaults)
     p.add_argument("--mask", type=Path, required=True, help="a PNG of class ids")
     p.add_argument("--prompt", default="", help="the caption")
-    p.add_argument("--init", type=Path, default=ROOT / "weights" / "shapes" / "mask2img",
-                   help="trained Mask2Img")
     p.add_argument("--out", type=Path, default=Path("out/sample"), help="folder of the picture")
     p.add_argument("--count", type=positive(int), default=4, help="images of the mask")
-    p.add_argument("--steps", type=positive(int), default=15, help="sampling steps")
-    p.add_argument("--guidance", type=within(float, 0), default=1.5,
-                   help="classifier-free guidance; 1 = none")
-    p.add_argument("--sampler", choices=("dpm++", "ddim", "euler", "edm"), default="dpm++",
-                   help="edm evaluates twice a step and adds fresh noise")
-    p.add_argument("--seed", type=int, default=0, help="another seed, other images")
-    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
+    sampling_flags(p, "mask2img", 15, 1.5, "dpm++")
     args = parsed(parser, training)
     wrong = "unfreeze" if args.public else "controlnet"
     if getattr(args, wrong, None):

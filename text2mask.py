@@ -616,15 +616,16 @@ def parsed(parser, *training):
     return args
 
 
-def sampling_flags(parser):
-    parser.add_argument("--init", type=Path, default=ROOT / "weights" / "shapes" / "text2mask",
-                        help="trained Text2Mask")
-    parser.add_argument("--steps", type=positive(int), default=12, help="sampling steps")
-    parser.add_argument("--guidance", type=within(float, 0), default=2.0,
+def sampling_flags(parser, stage, steps, guidance, sampler):
+    """The flags of sampling from a trained Text2Mask or Mask2Img: its folder in weights/, the defaults."""
+    parser.add_argument("--init", type=Path, default=ROOT / "weights" / "shapes" / stage,
+                        help="trained model")
+    parser.add_argument("--steps", type=positive(int), default=steps, help="sampling steps")
+    parser.add_argument("--guidance", type=within(float, 0), default=guidance,
                         help="classifier-free guidance; 1 = none")
-    parser.add_argument("--sampler", choices=("dpm++", "ddim", "euler", "edm"), default="edm",
+    parser.add_argument("--sampler", choices=("dpm++", "ddim", "euler", "edm"), default=sampler,
                         help="edm evaluates twice a step and adds fresh noise")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another mask")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other samples")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
 
 
@@ -770,12 +771,12 @@ def main():
     p.add_argument("--size", type=parse_size, help="64 or 96x72 (default: the size it was trained at)")
     p.add_argument("--min-region", type=positive(int), default=8,
                    help="smaller regions go to their surroundings")
-    sampling_flags(p)
+    sampling_flags(p, "text2mask", 12, 2.0, "edm")
     p = commands.add_parser("measure", help="how clean sampled masks are and how well they obey", **defaults)
     p.add_argument("--data", default="shapes", help="NAME (data/NAME) or a folder with train/ and val/")
     p.add_argument("--split", default="val", help="the split whose captions are used")
     p.add_argument("--limit", type=positive(int), default=300, help="captions")
-    sampling_flags(p)
+    sampling_flags(p, "text2mask", 12, 2.0, "edm")
     args = parsed(parser, training)
     {"train": train, "sample": sample, "measure": measure}[args.command](args)
 
