@@ -358,6 +358,26 @@ def untrained(world, out, size=(16, 16), **more):
             "--device", "cpu"]
 
 
+def test_the_weighted_loss_is_least_at_the_true_shares():
+    """Rare codes weigh more while learning, and yet the logits that a network ends with are the log of the shares."""
+    counts, K = torch.tensor([0, 200, 40, 16, 0]), 3
+    codes = torch.repeat_interleave(torch.arange(K + 2), counts).view(1, 16, 16)
+    weights = text2mask.rarities({(0, 0): dict(codes=codes)}, K + 2)
+    assert torch.allclose((weights * counts).sum(), torch.tensor(256.0)) and weights[0] == weights[4] == 1
+    assert weights[3] / weights[1] == pytest.approx(200 / 16)
+    tiny, classes = nets.PRESETS["tiny"], [dict(name=n, isthing=False) for n in "abc"]
+    model = text2mask.Text2Mask(dict(tiny["unet"], out_channels=K + 2), tiny["text"],
+                                dict(kind="cosine", prediction="sample"), (16, 16), classes)
+    batch = dict(codes=codes, tokens=torch.zeros(1, 4, dtype=torch.long), time_ids=torch.zeros(1, 6))
+    for rarity in (weights, torch.ones(K + 2)):
+        model.rarity = rarity
+        for share, least in ((counts / 256, True), (torch.tensor([0, 0.5, 0.3, 0.2, 0]), False)):
+            z = (share + 1e-9).log().requires_grad_()
+            loss = model.loss(lambda x, *_: z.view(1, -1, 1, 1).expand(1, -1, *x.shape[2:]), batch, 0.0)
+            gradient, = torch.autograd.grad(loss, z)
+            assert (gradient.abs().max() < 1e-6) == least
+
+
 def test_synthetic_folders_are_pair_folders_of_their_own(shapes, tmp_path, monkeypatch):
     """A world without things gives no instances/, classes.json is the source's, captions are composed where there are
     none; a folder of real data, or of pairs by other weights, is left alone."""
@@ -3247,7 +3267,7 @@ def test_defaults_follow_the_base(sdxl, photos, monkeypatch):
     for init in ((), ("--init", sdxl / "base"), ("--init", sdxl / "base", "--lr", 3e-6, "--no-checkpointing")):
         run(monkeypatch, text2mask, "train", *init)
     assert [(a.lr, a.steps, a.size, a.checkpointing) for a in seen] == [
-        (2e-3, 3000, (64, 64), False), (1e-5, 30000, (768, 768), True), (3e-6, 30000, (768, 768), False)]
+        (2e-3, 5000, (64, 64), False), (1e-5, 30000, (768, 768), True), (3e-6, 30000, (768, 768), False)]
 
 
 def test_min_snr_weights_follow_the_paper():

@@ -460,6 +460,7 @@ class Text2Mask(TextToImage):
         self.config.update(classes=classes, edges=edges)
         colours = torch.from_numpy(palette(len(classes))).float() / 127.5 - 1
         self.register_buffer("colours", colours, persistent=False)       # (K + 2, 3) in [-1, 1]
+        self.register_buffer("rarity", torch.ones(len(colours)), persistent=False)       # see `rarities`
 
     @property
     def stored(self):
@@ -483,7 +484,9 @@ class Text2Mask(TextToImage):
         t = ((1 - u ** 2) * self.schedule.T).long().clamp(max=self.schedule.T - 1)        # 10 with sigma > 1
         x = self.schedule.noised(x0, torch.randn_like(x0), t)
         tokens = dropped(batch["tokens"], torch.rand(len(codes), 1, device=codes.device) >= drop)
-        return F.cross_entropy(net(x, t, tokens, batch["time_ids"]).float(), codes)
+        logits = net(x, t, tokens, batch["time_ids"]).float()
+        logits = logits + self.rarity.log().view(-1, 1, 1)               # weighted, yet calibrated: the best
+        return F.cross_entropy(logits, codes, self.rarity)               # logits are those without weights
 
     def sample(self, captions, seeds, steps=12, guidance=2.0, sampler="edm", size=None, maps=False):
         """B captions and seeds -> (B, H, W) uint8 codes: the likeliest colour of the last step, or of SDXL's
@@ -500,6 +503,16 @@ class Text2Mask(TextToImage):
         else:
             codes = last[0].argmax(1).to(torch.uint8).cpu().numpy()
         return (codes, (x0.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5) if maps else codes
+
+
+def rarities(data, codes, first=500):
+    """The loss's weight of every code (codes,): 1 / its share of the pixels, counted on the first pictures, with mean
+    1 over pixels; a sun fills one pixel of 100 and would hardly be learned. A code that is not there weighs 1."""
+    counts = sum(torch.bincount(data[(i, 0)]["codes"].ravel(), minlength=codes)
+                 for i in range(min(len(data), first)))
+    share = counts / counts.sum()
+    weight = 1 / share.clamp(min=1e-3)
+    return torch.where(counts > 0, weight / (weight * share).sum(), 1.0)
 
 
 def check_tensors(own, given, where, anew=()):
@@ -677,6 +690,8 @@ def train(args):
     model = assembled(args, classes)
     data = Pairs(folder, args.size, model.text.tokenize, images=False, edges=args.edges, limit=args.limit)
     K = len(classes)
+    if not model.vae:
+        model.rarity = rarities(data, K + 2)
 
     def picture(model, path):
         names = data.names[:8 if model.vae else 24]
@@ -762,7 +777,7 @@ def main():
     defaults = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p = commands.add_parser("train", help="train on the masks and captions of a pair folder", **defaults)
     training = p
-    common_flags(p, steps=3000, batch=16, lr=2e-3)
+    common_flags(p, steps=5000, batch=16, lr=2e-3)
     p.add_argument("--edges", action="store_true",
                    help="outline every segment, so that touching instances come apart")
     p = commands.add_parser("sample", help="paint the mask of one caption", **defaults)

@@ -54,7 +54,7 @@ HERE = Path(__file__).resolve().parent
 CROWD = 255                                         # the instance number of a crowd region
 # size: side of training crops (0: as the first real image); short, longest: of evaluated images (0: as is)
 RECIPES = {
-    "tiny": dict(preset="tiny", steps=1000, batch=8, lr=1e-3, clip=1.0, schedule="cosine", warmup=30,
+    "tiny": dict(preset="tiny", steps=1000, batch=8, lr=2e-3, clip=1.0, schedule="cosine", warmup=30,
                  size=0, short=0, longest=0, save_every=100),
     "ade20k": dict(preset="resnet50", steps=160_000, batch=16, lr=1e-4, clip=0.01, schedule="poly", warmup=0,
                    size=512, short=512, longest=2048, save_every=2000),
