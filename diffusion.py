@@ -170,21 +170,22 @@ def loss(model, schedule, x0, *cond, min_snr=None, noise_offset=0.0):
 
 # --------------------------------------------------------------------------------------------------- sampling
 
-def denoiser(model, schedule, cond, null=None, guidance=1.0, decode=None):
+def denoiser(model, schedule, cond, null=None, guidance=1.0, decode=None, above=0.0):
     """A conditioned network -> the function (x, sigma) -> x0 that every sampler asks for.
 
     cond and null are tuples of arguments of the model for the B samples; with null and guidance != 1 both
-    halves run as one batch of 2 B (classifier-free guidance). decode turns raw outputs into x0 where they are
-    neither x0, v nor noise (Text2Mask's logits); guidance acts on raw outputs.
+    halves run as one batch of 2 B (classifier-free guidance), while sigma > above (2404.07724: what a picture
+    shows is settled by then). decode turns raw outputs into x0 where they are neither x0, v nor noise
+    (Text2Mask's logits); guidance acts on raw outputs.
     """
-    both = null is not None and guidance != 1
-    if both:
-        cond = tuple(stacked(c, n) for c, n in zip(cond, null))
+    guided = null is not None and guidance != 1
+    pair = tuple(stacked(c, n) for c, n in zip(cond, null)) if guided else None
+    alone = None if guided and above == 0 else cond                      # not kept where nothing needs it
 
     def x0(x, sigma):
-        x = x / math.sqrt(1 + sigma ** 2)                                # the network sees unit variance
+        x, both = x / math.sqrt(1 + sigma ** 2), guided and sigma > above         # the network sees unit variance
         t = torch.full((len(x) * (1 + both),), schedule.t_of(sigma), device=x.device)
-        out = model(torch.cat([x, x]) if both else x, t, *cond).float()
+        out = model(torch.cat([x, x]) if both else x, t, *(pair if both else alone)).float()
         if both:
             yes, no = out.chunk(2)
             out = no + guidance * (yes - no)

@@ -176,6 +176,9 @@ def test_guidance_in_one_batch_equals_two_calls():
     both = diffusion.denoiser(net, schedule, (arm,), (null,), 3.0)(x, 1.5)
     yes, no = (diffusion.denoiser(net, schedule, (c,))(x, 1.5) for c in (arm, null))
     assert torch.allclose(both, no + 3 * (yes - no), atol=1e-5)
+    high = diffusion.denoiser(net, schedule, (arm,), (null,), 3.0, above=1.0)             # unguided from sigma 1 down
+    assert torch.equal(high(x, 1.5), both)
+    assert torch.equal(high(x, 1.0), diffusion.denoiser(net, schedule, (arm,))(x, 1.0))
 
 
 def toy(out, steps, spoil=None, **more):

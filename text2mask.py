@@ -424,8 +424,10 @@ class TextToImage(nn.Module):
         return self.unet.project_text(context)
 
     @torch.no_grad()
-    def draw(self, captions, seeds, steps, guidance, sampler, size=None, cond=(), null=(), decode=None):
-        """B captions and seeds -> x0 (B, 3, H, W). A sample depends on its own caption and seed alone."""
+    def draw(self, captions, seeds, steps, guidance, sampler, size=None, cond=(), null=(), decode=None,
+             above=0.0):
+        """B captions and seeds -> x0 (B, 3, H, W). A sample depends on its own caption and seed alone. cond, null,
+        decode, above: as diffusion.denoiser has them."""
         device, size = next(self.parameters()).device, tuple(size or self.config["size"])
         factor = self.vae.factor if self.vae else 1
         shape = self.unet.config["in_channels"], size[0] // factor, size[1] // factor
@@ -435,7 +437,7 @@ class TextToImage(nn.Module):
             return torch.stack([torch.randn(shape, generator=g) for g in streams]).to(device)
         with self.autocast():
             yes, no = (self.prepare(words, size, device) for words in (captions, [""] * len(captions)))
-            x0 = diffusion.denoiser(self, self.schedule, (*yes, *cond), (*no, *null), guidance, decode)
+            x0 = diffusion.denoiser(self, self.schedule, (*yes, *cond), (*no, *null), guidance, decode, above)
             del yes, no                                                  # stacked by now: half the memory
             return self.pictures(diffusion.sample(x0, self.schedule, randn(), steps, sampler, randn))
 
