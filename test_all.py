@@ -1947,6 +1947,11 @@ def test_what_is_missing_is_made_outside_the_process_group(tmp_path, monkeypatch
     seen = (tmp_path / "made/seen").read_text().split()
     assert "PASSED_ON" in seen and not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & set(seen)
     assert not list(tmp_path.glob(".*unfinished"))
+    (tmp_path / "make.py").write_text("import sys\nopen('made/images/' + sys.argv[1], 'w')")
+    (tmp_path / "made/images").mkdir()
+    for name, pairs in (("a.png", 0), ("b.png", 1), ("c.png", 1), ("d.png", 2)):                # a and c are not needed
+        T.made(tmp_path / "made", "make.py", name, pairs=pairs)
+    assert sorted(p.name for p in tmp_path.glob("made/images/*")) == ["b.png", "d.png"]
 
 
 def test_an_oracle_without_gain_has_no_share():

@@ -52,6 +52,7 @@ from mask2former import (PRESETS, Mask2Former, count, final_predictions, instanc
 
 HERE = Path(__file__).resolve().parent
 CROWD = 255                                         # the instance number of a crowd region
+PAIRS = 500                                         # of each kind are made for the built-in data
 # size: side of training crops (0: as the first real image); short, longest: of evaluated images (0: as is)
 RECIPES = {
     "tiny": dict(preset="tiny", steps=1000, batch=8, lr=2e-3, clip=1.0, schedule="cosine", warmup=30,
@@ -909,12 +910,14 @@ def gains(results, arm, split, score):
 
 # ------------------------------------------------------------------------------------------------------- main
 
-def made(folder, *command):
-    """Runs a sibling script where its folder is missing or was left unfinished by a killed run."""
-    mark = folder.parent / f".{folder.name}.unfinished"
-    if folder.is_dir() and not mark.exists():
+def made(folder, *command, pairs=0):
+    """Runs a sibling script where its folder is missing, has fewer pairs or was left unfinished by a killed
+    run."""
+    mark, there = folder.parent / f".{folder.name}.unfinished", len(list(folder.glob("images/[!.]*")))
+    if folder.is_dir() and there >= pairs and not mark.exists():
         return
-    print(f"{folder}: missing, so: python {' '.join(command)}", flush=True)
+    print(f"{folder}: {f'{there} pairs are there' if there else 'missing'}, so: python {' '.join(command)}",
+          flush=True)
     write(mark, lambda part: part.touch())
     alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     if subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], env=alone).returncode:
@@ -1004,7 +1007,7 @@ def folders(args):
     if args.data == "shapes" and synth is None and not args.eval_only:
         synth = [Path("out/shapes/masksyn"), Path("out/shapes/imgsyn")]
         for folder in synth if first else []:
-            made(folder, f"{folder.name}.py", "--data", "shapes", "--out", str(folder))
+            made(folder, f"{folder.name}.py", "--out", str(folder), "--limit", str(PAIRS), pairs=PAIRS)
     if not root.is_dir():
         script = HERE / "data" / args.data / "prepare.py"
         todo = f"run `python data/{name}/prepare.py --root RAW`" if script.is_file() else "check --data"
