@@ -499,7 +499,8 @@ class Text2Mask(TextToImage):
             last[:] = [logits]
             return self.paint(logits)
         read = None if self.vae else decode_logits
-        x0 = self.draw(captions, seeds, steps, guidance, sampler, size, decode=read)
+        above = 0.0 if self.vae else 5.0                # further down, guidance makes flat shapes swell and merge
+        x0 = self.draw(captions, seeds, steps, guidance, sampler, size, decode=read, above=above)
         if self.vae:
             codes = np.stack([decode(colours, len(self.config["classes"])) for colours in to_pixels(x0)])
         else:
