@@ -183,7 +183,7 @@ def denoiser(model, schedule, cond, null=None, guidance=1.0, decode=None, above=
     alone = None if guided and above == 0 else cond                      # not kept where nothing needs it
 
     def x0(x, sigma):
-        x, both = x / math.sqrt(1 + sigma ** 2), guided and sigma > above         # the network sees unit variance
+        x, both = x / math.sqrt(1 + sigma ** 2), guided and sigma > above        # it sees unit variance
         t = torch.full((len(x) * (1 + both),), schedule.t_of(sigma), device=x.device)
         out = model(torch.cat([x, x]) if both else x, t, *(pair if both else alone)).float()
         if both:

@@ -426,8 +426,8 @@ class TextToImage(nn.Module):
     @torch.no_grad()
     def draw(self, captions, seeds, steps, guidance, sampler, size=None, cond=(), null=(), decode=None,
              above=0.0):
-        """B captions and seeds -> x0 (B, 3, H, W). A sample depends on its own caption and seed alone. cond, null,
-        decode, above: as diffusion.denoiser has them."""
+        """B captions and seeds -> x0 (B, 3, H, W). A sample depends on its own caption and seed alone. cond,
+        null, decode, above: as diffusion.denoiser has them."""
         device, size = next(self.parameters()).device, tuple(size or self.config["size"])
         factor = self.vae.factor if self.vae else 1
         shape = self.unet.config["in_channels"], size[0] // factor, size[1] // factor
@@ -499,7 +499,7 @@ class Text2Mask(TextToImage):
             last[:] = [logits]
             return self.paint(logits)
         read = None if self.vae else decode_logits
-        above = 0.0 if self.vae else 5.0                # further down, guidance makes flat shapes swell and merge
+        above = 0.0 if self.vae else 5.0                # further down, guided flat shapes swell and merge
         x0 = self.draw(captions, seeds, steps, guidance, sampler, size, decode=read, above=above)
         if self.vae:
             codes = np.stack([decode(colours, len(self.config["classes"])) for colours in to_pixels(x0)])
@@ -509,8 +509,9 @@ class Text2Mask(TextToImage):
 
 
 def rarities(data, codes, first=500):
-    """The loss's weight of every code (codes,): 1 / its share of the pixels, counted on the first pictures, with mean
-    1 over pixels; a sun fills one pixel of 100 and would hardly be learned. A code that is not there weighs 1."""
+    """The loss's weight of every code (codes,): 1 / its share of the pixels, counted on the first pictures,
+    with mean 1 over pixels; a sun fills one pixel of 100 and would hardly be learned. An absent code weighs
+    1."""
     counts = sum(torch.bincount(data[(i, 0)]["codes"].ravel(), minlength=codes)
                  for i in range(min(len(data), first)))
     share = counts / counts.sum()
