@@ -625,7 +625,7 @@ def test_a_picture_that_would_fill_the_memory_is_told_in_one_line(shapes, monkey
 
 def test_a_loading_process_ends_in_its_own_line(shapes, tmp_path):
     world = spoiled(shapes, tmp_path / "world", "cut")
-    told = script("text2mask.py", "train", "--data", world, "--size", 16, "--steps", 40, "--batch", 8, "--workers", 1,
+    told = script("mask2img.py", "train", "--data", world, "--size", 16, "--steps", 40, "--batch", 8, "--workers", 1,
                   "--device", "cpu", "--out", tmp_path / "out", ok=False).stderr
     assert "looked for a readable image" in told and "see the line above" in told
 
