@@ -210,7 +210,7 @@ def sample(x0, schedule, noise, steps, sampler="dpm++", randn=torch.randn_like, 
     (DPM-Solver++(2M)) or "edm" (EDM algorithm 2: Heun with `churn` fresh noise; two evaluations a step).
     """
     sigmas, _ = schedule.grid(steps, sampler)
-    walk = {"euler": euler, "ddim": euler, "dpm++": dpm_multistep, "edm": edm_heun}[sampler]
+    walk = SAMPLERS[sampler]
     # Noise alone, or noise and data of unit variance: as the public samplers start. Over 20 it is the same.
     unit = sampler in ("ddim", "dpm++") or sampler == "euler" and schedule.spacing == "leading"
     start = math.sqrt(1 + sigmas[0] ** 2) if unit and sigmas[0] < 20 else sigmas[0]
@@ -253,6 +253,9 @@ def edm_heun(x0, x, pairs, randn, churn, low=0.05, high=50.0, noise=1.003):
             ahead = x + (below - top) * 0.5 * (slope + (ahead - x0(ahead, below)) / below)
         x = ahead
     return x
+
+
+SAMPLERS = {"dpm++": dpm_multistep, "ddim": euler, "euler": euler, "edm": edm_heun}
 
 
 # --------------------------------------------------------------------------------------------------- training

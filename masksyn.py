@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import diffusion
-from diffusion import positive, replacing, seed_of, within
+from diffusion import SAMPLERS, positive, replacing, seed_of, within
 from mask2img import Mask2Img
 from text2mask import (ROOT, Text2Mask, check_classes, dataset_folder, encode, grid, legend, name_of,
                        names_of, outlined, read_captions, read_classes, segments, write_mask)
@@ -148,7 +148,7 @@ def mask2img_flags(parser, limit, per):
     parser.add_argument("--batch", type=positive(int), default=16, help="pairs at a time")
     parser.add_argument("--steps", type=positive(int), default=15, help="sampling steps of an image")
     parser.add_argument("--guidance", type=within(float, 0), default=1.5, help="guidance of images; 1 = none")
-    parser.add_argument("--sampler", choices=("dpm++", "ddim", "euler", "edm"), default="dpm++",
+    parser.add_argument("--sampler", choices=tuple(SAMPLERS), default="dpm++",
                         help="of images; edm evaluates twice a step and adds fresh noise")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other pairs")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
@@ -161,7 +161,7 @@ def main():
     parser.add_argument("--text2mask", type=Path,
                         help="trained Text2Mask (default: the demo's, else out/NAME/text2mask)")
     parser.add_argument("--mask-steps", type=positive(int), default=12, help="sampling steps of a mask")
-    parser.add_argument("--mask-sampler", choices=("dpm++", "ddim", "euler", "edm"), default="edm",
+    parser.add_argument("--mask-sampler", choices=tuple(SAMPLERS), default="edm",
                         help="of masks")
     parser.add_argument("--mask-guidance", type=within(float, 0), default=2.0,
                         help="guidance of masks; 1 = none")

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import diffusion
 import unet as networks
-from diffusion import Schedule, positive, replacing, seed_of, within
+from diffusion import SAMPLERS, Schedule, positive, replacing, seed_of, within
 from unet import PRESETS, VAE, SDXLText, TextEncoder, UNet
 
 ROOT = Path(__file__).resolve().parent
@@ -259,6 +259,11 @@ def read_captions(folder, name, classes, ids=None):
     return lines or [""]
 
 
+def words_of(caption):
+    """The set of a caption's words, lower case, without punctuation."""
+    return set(re.findall("[a-z]+", caption.lower()))
+
+
 @functools.cache
 def announce(text):
     print(text)
@@ -291,8 +296,7 @@ class Pairs(torch.utils.data.Dataset):
         ids = read_ids(self.folder / "masks" / f"{name}.png", K, image.size) if self.masks else None
         lines = read_captions(self.folder, name, self.classes, ids)
         caption = lines[rng.integers(len(lines))] if self.augment else lines[0]
-        words = re.findall("[a-z]+", caption.lower())
-        mirror = self.augment and rng.random() < 0.5 and not {"left", "right"} & set(words)
+        mirror = self.augment and rng.random() < 0.5 and not {"left", "right"} & words_of(caption)
         fit, h, w, room = placed(image.size, self.size, rng if self.augment else None)
         w = room - w if mirror else w                                    # the mirror image's crop
         if self.images:
@@ -640,7 +644,7 @@ def sampling_flags(parser, stage, steps, guidance, sampler):
     parser.add_argument("--steps", type=positive(int), default=steps, help="sampling steps")
     parser.add_argument("--guidance", type=within(float, 0), default=guidance,
                         help="classifier-free guidance; 1 = none")
-    parser.add_argument("--sampler", choices=("dpm++", "ddim", "euler", "edm"), default=sampler,
+    parser.add_argument("--sampler", choices=tuple(SAMPLERS), default=sampler,
                         help="edm evaluates twice a step and adds fresh noise")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other samples")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
@@ -732,7 +736,7 @@ def sample(args):
 
 def named(caption, words):
     """A caption and {class: [words]} -> the set of classes that it names."""
-    said = set(re.findall("[a-z]+", caption.lower()))
+    said = words_of(caption)
     return {name for name, forms in words.items() if said & set(forms)}
 
 
