@@ -33,7 +33,7 @@ import unet as networks
 from diffusion import positive, replacing, seed_of
 from text2mask import (Pairs, TextToImage, check_classes, check_tensors, common_flags, dataset_folder, dropped,
                        encode, fit, grid, palette, parsed, read_captions, read_classes, read_ids,
-                       sampling_flags, to_pixels, told)
+                       sampling_flags, spread, to_pixels, told)
 from unet import PRESETS, ControlNet, UNet
 
 SCHEDULE = dict(kind="cosine", prediction="sample", spacing="trailing")
@@ -119,7 +119,8 @@ def base(args):
                               min_snr=MIN_SNR)
 
     def picture(model, path):
-        captions = [read_captions(data.folder, name, [])[0] for _, name in data.names[:32]]
+        names = [data.names[i][1] for i in spread(len(data), 32)]
+        captions = [read_captions(data.folder, name, [])[0] for name in names]
         images = to_pixels(model.draw(captions, range(len(captions)), 15, 1.5, "dpm++"))
         grid([images[i:i + 8] for i in range(0, len(images) // 8 * 8, 8)] or [images]).save(path)
     fit(model, loss, data, args, "base", picture)
@@ -171,10 +172,10 @@ def train(args):
     val = held_out(args, model)
 
     def picture(model, path):
-        count = min(8 if model.vae else 24, len(val))
-        items = [val[i, 0] for i in range(count)]
+        chosen = spread(len(val), 8 if model.vae else 24)
+        items, count = [val[i, 0] for i in chosen], len(chosen)
         codes = np.stack([item["codes"].numpy().astype(np.uint8) for item in items])
-        captions = [read_captions(val.folder, name, classes)[0] for _, name in val.names[:count]]
+        captions = [read_captions(val.folder, val.names[i][1], classes)[0] for i in chosen]
         images = model.sample(codes, captions, range(count))
         real = to_pixels(torch.stack([item["image"] for item in items]))
         rows = [[palette(len(classes))[c] for c in codes], images, real]
@@ -184,15 +185,17 @@ def train(args):
     def measure(model):
         """Condition gap: loss with the masks of other images minus loss with the right ones. Near 0: masks
         are ignored."""
-        device, gap = next(model.parameters()).device, []
+        device, gap, chosen = next(model.parameters()).device, [], spread(len(val), 64)
+        parts = -(-len(chosen) // 16)
         with torch.no_grad(), model.autocast():
-            for start in range(0, min(len(val), 64), 16):
-                items = [val[i, 0] for i in range(start, min(start + 16, len(val)))]
+            for start in range(parts):
+                items = [val[i, 0] for i in chosen[start::parts]]
                 batch = {key: torch.stack([item[key] for item in items]).to(device) for key in items[0]}
                 for shuffle, sign in ((True, 1), (False, -1)):
                     torch.manual_seed(start)
                     gap.append(sign * len(items) * model.loss(model, batch, 0.0, shuffle=shuffle).item())
-        return dict(condition_gap=round(sum(gap) / min(len(val), 64), 5))
+        return dict(condition_gap=round(sum(gap) / len(chosen), 5))
+
     min_snr = args.min_snr if args.public else MIN_SNR
     fit(model, lambda net, batch: model.loss(net, batch, args.drop, min_snr, args.noise_offset), data, args,
         "mask2img", picture, measure)

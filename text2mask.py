@@ -314,6 +314,11 @@ class Pairs(torch.utils.data.Dataset):
         return out
 
 
+def spread(n, count):
+    """`count` positions of n (all, where fewer), evenly apart: neighbours in a film look alike."""
+    return [i * n // min(n, count) for i in range(min(n, count))]
+
+
 def placed(source, size, rng):
     """Scales a picture of (W, H) `source` to cover (H, W) `size` and crops (random with rng, else the middle)
     -> (the function (picture, resampling) -> picture, crop top, crop left, the largest crop left)."""
@@ -702,10 +707,10 @@ def train(args):
         model.rarity = rarities(data, K + 2)
 
     def picture(model, path):
-        names = data.names[:8 if model.vae else 24]
-        captions = [read_captions(data.folder, name, classes)[0] for _, name in names]
+        chosen = spread(len(data), 8 if model.vae else 24)
+        captions = [read_captions(data.folder, data.names[i][1], classes)[0] for i in chosen]
         codes = model.sample(captions, range(len(captions)))
-        truth = [palette(K)[data[(i, 0)]["codes"].numpy()] for i in range(len(captions))]
+        truth = [palette(K)[data[(i, 0)]["codes"].numpy()] for i in chosen]
         made = [palette(K)[c] for c in codes]
         rows = [row[i:i + 8] for i in range(0, len(made) // 8 * 8, 8) for row in (truth, made)]
         legend(grid(rows or [truth, made], 1 if model.vae else 2), codes, classes).save(path)
