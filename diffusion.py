@@ -93,7 +93,8 @@ class Schedule:
     def scales(self, t, like):
         """t (B,) long -> a_t, s_t, shaped to broadcast over like (B, ...)."""
         shape = (-1,) + (1,) * (like.ndim - 1)
-        return (table.to(like.device)[t].view(shape) for table in (self.a, self.s))
+        self.a, self.s = self.a.to(like.device), self.s.to(like.device)  # once: a copy waits for the GPU
+        return (table[t].view(shape) for table in (self.a, self.s))
 
     def noised(self, x0, noise, t):
         a, s = self.scales(t, x0)
@@ -122,7 +123,8 @@ class Schedule:
         min_snr caps the weight of nearly clean inputs, where there is little to learn. A network that says x0
         has SNR + 1 instead, the plain v loss, so that nearly pure noise still counts.
         """
-        snr = (self.a.to(t.device)[t] / self.s.to(t.device)[t]) ** 2
+        a, s = self.scales(t, t)
+        snr = (a / s) ** 2
         if self.prediction == "sample":
             return (snr + 1).clamp(max=min_snr)
         return snr.clamp(max=min_snr) / (snr + 1 if self.prediction == "v_prediction" else snr)
@@ -242,9 +244,10 @@ def dpm_multistep(x0, x, pairs):
 
 def edm_heun(x0, x, pairs, randn, churn, low=0.05, high=50.0, noise=1.003):
     """EDM's stochastic sampler (algorithm 2 and table 5's ImageNet values; churn 0 is plain Heun)."""
-    gamma = min(churn / len(pairs), math.sqrt(2) - 1)
+    gamma, peak = min(churn / len(pairs), math.sqrt(2) - 1), 0.0
     for sigma, below in pairs:
-        top = sigma * (1 + gamma) if low <= sigma <= high else sigma
+        peak = max(peak, sigma)                                          # above it the network knows nothing
+        top = min(sigma * (1 + gamma), peak) if low <= sigma <= high else sigma
         if top > sigma:
             x = x + math.sqrt(top ** 2 - sigma ** 2) * noise * randn(x)
         slope = (x - x0(x, top)) / top
@@ -413,8 +416,8 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
     picture   picture(model, path) draws samples.png;  measure(model) -> dict of numbers for the log. Both see
               EMA weights.
     about     more settings (JSON values) that make it another run: a state of others is not resumed.
-    Run again, it goes on from state.pt and ends with the same weights as an undisturbed run, bit for bit on
-    one machine.
+    Run again with as many ranks, it goes on from state.pt and ends with the same weights as an undisturbed
+    run: bit for bit on the CPU of one machine; some CUDA kernels add in no fixed order.
     """
     device, rank, world = start(device)
     out = Path(out)
@@ -426,7 +429,7 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
     average = EMA(model, ema)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr,
                                   betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    recipe = dict(steps=steps, batch=batch * world, lr=lr, seed=seed, accumulate=accumulate,
+    recipe = dict(steps=steps, batch=batch, world=world, lr=lr, seed=seed, accumulate=accumulate,
                   config=model.config, **(about or {}))
     first = resume(out, average, optimiser, recipe, rank)
     net = torch.compile(model) if compile else model                     # train net, save model: clean keys
@@ -635,6 +638,8 @@ def write_tensors(state, metadata, folder, name=OWN_FILE):
     with replacing(Path(folder) / name) as path:
         try:
             save_file(state, path, metadata=metadata)
+            os.umask(umask := os.umask(0))
+            path.chmod(0o666 & ~umask)                                   # the library's is its owner's alone
         except SafetensorError as error:                                 # how the library words a full disk
             raise OSError(str(error))
 
@@ -643,6 +648,16 @@ def checkpoint(folder):
     """A folder of ours -> its weights: a whole model's, or of the one public network that was trained."""
     own, public = Path(folder) / OWN_FILE, Path(folder) / PUBLIC_FILE
     return public if public.exists() and not own.exists() else own
+
+
+def identity(path):
+    """Which weights a checkpoint (a folder or a file) holds, by a hash of all of it: a part may be frozen. ""
+    where there is none: who reads it tells."""
+    path = checkpoint(path) if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def read(path, kind, device="cpu"):

@@ -28,7 +28,7 @@ def read_mask(folder, name, K, size):
     fit, *_ = placed((ids.shape[1], ids.shape[0]), size, None)
     path = folder / "instances" / f"{name}.png"
     maps = [ids, read_ids(path, 255, ids.shape[::-1])] if path.exists() else [ids]
-    maps = [np.asarray(fit(Image.fromarray(m), Image.Resampling.NEAREST)) for m in maps]
+    maps = [np.asarray(fit(Image.fromarray(m))) for m in maps]
     return maps[0], (maps[1] if len(maps) > 1 else None)
 
 

@@ -64,13 +64,20 @@ PRESETS = {                                                      # Mask2Former(n
 
 # ---- backbones: (B, 3, H, W) -> four maps, each half the size of the one before ----------------------------
 
+class FrozenNorm(FrozenBatchNorm2d):
+    """Its fp32 buffers would make all that follows fp32 under autocast: out comes what went in."""
+
+    def forward(self, x):
+        return super().forward(x).to(x.dtype)
+
+
 class ResNet(nn.Module):
     """torchvision's ResNet-50 or -101 with frozen batch norm, as the original: wants pretrained `weights`."""
     stride = 32
 
     def __init__(self, name, weights=None):
         super().__init__()
-        net = getattr(torchvision.models, name)(weights=weights, norm_layer=FrozenBatchNorm2d)
+        net = getattr(torchvision.models, name)(weights=weights, norm_layer=FrozenNorm)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
         self.channels = (256, 512, 1024, 2048)
@@ -221,7 +228,8 @@ class DeformableAttention(nn.Module):
         values, out = full(self.value(x)).split([h * w for h, w in sizes], 1), 0
         for value, offset, weight, (h, w) in zip(values, offsets, weights, sizes):
             value = rearrange(value, "b (h w) (m d) -> (b m) d h w", h=h, m=self.heads)
-            grid = 2 * places - 1 + offset * (2 / offset.new_tensor([w, h]))                 # (B M, P, N, 2)
+            pixel = torch.cat([offset.new_full((1,), 2 / side) for side in (w, h)])     # filled on the GPU: a
+            grid = 2 * places - 1 + offset * pixel                   # copy would wait for it; (B M, P, N, 2)
             read = self.read
             if torch.is_grad_enabled() and value.shape[1] * weight.numel() > 2 ** 22:    # big: not kept, read
                 read = partial(checkpoint, read, use_reentrant=False, preserve_rng_state=False)  # twice
@@ -600,7 +608,7 @@ class SetLoss(nn.Module):
             t = read(sample(torch.cat(truth)[:, None], places))                              # (N L, P)
             weight = (query.T >= 0).to(t).reshape(-1, 1).expand_as(t)
             if any(v is not None for v in valid):
-                valid = torch.stack([torch.ones_like(truth[0][:1]) if v is None else v for v in valid])
+                valid = torch.stack([truth[0].new_ones(1, *truth[0].shape[1:]) if v is None else v for v in valid])
                 weight = weight * read(sample(valid[image], places))
         x = sample(x, points)[:, 0]                                                          # (N L, P)
         mask = (F.binary_cross_entropy_with_logits(x, t, reduction="none") * weight).mean(1).sum()
@@ -716,8 +724,8 @@ def instance(pred, size, isthing=None, extent=(1.0, 1.0), top=100, score_thresho
         total += band.sigmoid_().mul_(part).sum((1, 2))
     scores = scores * (total / (area + 1e-6))[row]
     order = scores.argsort(descending=True)
-    return [{"mask": found[row[i]], "class": int(k[i]), "score": float(scores[i])}
-            for i in order.tolist() if scores[i] >= score_threshold and scores[i] > 0]
+    best = zip(*(part[order].tolist() for part in (row, k, scores)))
+    return [{"mask": found[i], "class": c, "score": s} for i, c, s in best if s >= score_threshold and s > 0]
 
 
 def final_predictions(model, images):
@@ -808,6 +816,8 @@ def save(model, path):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     about = {"format": "seggen-1", "class": "Mask2Former", "config": model.config}
     save_file(tensors, path + ".part", {"seggen": json.dumps(about)})  # one key: order is fixed
+    os.umask(umask := os.umask(0))
+    os.chmod(path + ".part", 0o666 & ~umask)                           # the library's is its owner's alone
     os.replace(path + ".part", path)
 
 

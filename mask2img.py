@@ -31,9 +31,9 @@ import torch.nn.functional as F
 import diffusion
 import unet as networks
 from diffusion import positive, replacing, seed_of
-from text2mask import (Pairs, TextToImage, check_classes, check_tensors, common_flags, dataset_folder, dropped,
-                       encode, fit, grid, palette, parsed, read_captions, read_classes, read_ids,
-                       sampling_flags, spread, to_pixels, told)
+from text2mask import (Pairs, TextToImage, check_classes, check_tensors, common_flags, dataset_folder,
+                       dropped, encode, evenly, fit, grid, palette, parsed, read_captions, read_classes,
+                       read_ids, sampling_flags, to_pixels, told)
 from unet import PRESETS, ControlNet, UNet
 
 SCHEDULE = dict(kind="cosine", prediction="sample", spacing="trailing")
@@ -119,7 +119,7 @@ def base(args):
                               min_snr=MIN_SNR)
 
     def picture(model, path):
-        names = [data.names[i][1] for i in spread(len(data), 32)]
+        names = [data.names[i][1] for i in evenly(len(data), 32)]
         captions = [read_captions(data.folder, name, [])[0] for name in names]
         images = to_pixels(model.draw(captions, range(len(captions)), 15, 1.5, "dpm++"))
         grid([images[i:i + 8] for i in range(0, len(images) // 8 * 8, 8)] or [images]).save(path)
@@ -172,7 +172,7 @@ def train(args):
     val = held_out(args, model)
 
     def picture(model, path):
-        chosen = spread(len(val), 8 if model.vae else 24)
+        chosen = evenly(len(val), 8 if model.vae else 24)
         items, count = [val[i, 0] for i in chosen], len(chosen)
         codes = np.stack([item["codes"].numpy().astype(np.uint8) for item in items])
         captions = [read_captions(val.folder, val.names[i][1], classes)[0] for i in chosen]
@@ -185,7 +185,7 @@ def train(args):
     def measure(model):
         """Condition gap: loss with the masks of other images minus loss with the right ones. Near 0: masks
         are ignored."""
-        device, gap, chosen = next(model.parameters()).device, [], spread(len(val), 64)
+        device, gap, chosen = next(model.parameters()).device, [], evenly(len(val), 64)
         parts = -(-len(chosen) // 16)
         with torch.no_grad(), model.autocast():
             for start in range(parts):

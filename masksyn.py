@@ -15,7 +15,6 @@ Needs: unet.py, diffusion.py, text2mask.py, mask2img.py.
 Dimension key: B batch, H W pixels, K classes.
 """
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -33,10 +32,11 @@ from text2mask import (ROOT, Text2Mask, check_classes, dataset_folder, encode, g
 
 
 def work(sources, per, batch, rank, world):
-    """Source names -> this rank's batches of (source, k). Batches are cut over the whole list before they are
-    shared out: a sample sits in the same batch, and comes out the same, for any number of ranks."""
-    jobs = [(source, k) for source in sources for k in range(per)]
-    return [jobs[i:i + batch] for i in range(0, len(jobs), batch)][rank::world]
+    """Source names -> this rank's batches of (source, k). Batches are cut before they are shared out, each of
+    one k: a sample sits in the same batch, and comes out the same, for any number of ranks and a larger
+    `per`."""
+    parts = [sources[i:i + batch] for i in range(0, len(sources), batch)]
+    return [[(source, k) for source in part] for k in range(per) for part in parts][rank::world]
 
 
 def present(out, job):
@@ -94,17 +94,11 @@ def contact_sheet(out, classes, count=24, columns=8):
         legend(grid(rows, scale), np.concatenate([m.ravel() for m in masks]), classes).save(path)
 
 
-def identity(path):
-    """Which weights a checkpoint (a folder or a file) holds, by a hash of all of it: a part may be frozen."""
-    with open(diffusion.checkpoint(path) if path.is_dir() else path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
-
-
 def about(args, **checkpoints):
     """What makes pairs what they are, for meta.json: the settings, and which weights were read."""
     other = ("out", "limit", "per", "device")                            # more of the same, or elsewhere
     kept = {key: str(value) for key, value in vars(args).items() if key not in other}
-    return kept | {f"{name}_weights": identity(path) for name, path in checkpoints.items()}
+    return kept | {f"{name}_weights": diffusion.identity(path) for name, path in checkpoints.items()}
 
 
 def synthesize(args, stage, folder, sources, make, classes, meta):

@@ -112,6 +112,54 @@ def test_instances_come_back_from_their_outlines():
     assert segments(ids, [False, True])[1].max() == 1                                    # without edges they are one
 
 
+def large_pair(root, size=(480, 640)):
+    """A pair folder of one photo of (H, W), larger than it is trained at: two things that touch, on stuff."""
+    ids, instances = np.ones(size, np.uint8), np.zeros(size, np.uint8)
+    ids[160:400, 100:541], instances[160:400, 100:320], instances[160:400, 320:541] = 2, 1, 2
+    for part, picture in (("masks", ids), ("instances", instances), ("images", np.stack([90 * ids] * 3, -1))):
+        (root / part).mkdir(parents=True)
+        Image.fromarray(picture).save(root / part / "a.png")
+    (root / "classes.json").write_text('[{"name": "sky", "isthing": false}, {"name": "ball", "isthing": true}]')
+    return root
+
+
+@pytest.mark.parametrize("size", [(64, 64), (72, 96), (256, 256), (768, 768)])
+def test_generators_train_on_the_outlines_that_synthesis_draws(tmp_path, size):
+    import imgsyn
+    pairs = text2mask.Pairs(large_pair(tmp_path), size, lambda captions: torch.zeros(1, 4), edges=True, augment=False)
+    codes = pairs[0, 0]["codes"].numpy()
+    assert (codes == outlined(*imgsyn.read_mask(tmp_path, "a", 2, size), 2)).all()
+    assert segments(codes.astype(np.uint8), [False, True])[1].max() == 2
+
+
+def test_photos_shrink_by_the_mean_and_grow_smoothly():
+    ramp = np.repeat(np.arange(0, 256, 32, dtype=np.uint8)[None], 8, 0)                  # 8 grey levels, 8 x 8
+    photo, mask = Image.fromarray(np.stack([ramp] * 3, -1)), Image.fromarray(ramp)
+    half, double = text2mask.placed((8, 8), (4, 4), None)[0], text2mask.placed((8, 8), (16, 16), None)[0]
+    assert np.asarray(half(photo))[0, :, 0].tolist() == [16, 80, 144, 208]
+    grown = np.asarray(double(photo))[0, 2:-2, 0].astype(int)
+    assert len(set(grown)) == len(grown) and (np.diff(grown) > 0).all()                  # no steps of two equal pixels
+    assert set(np.unique(double(mask))) == set(np.unique(half(mask))) | set(np.unique(ramp))
+
+
+def test_captions_name_classes_by_words_and_phrases():
+    forms = {"car": ["car", "cars"], "dining table": ["dining table"], "sky": ["under the sky"], "ship": ["ship"]}
+    assert text2mask.named("Two cars, a dining  table; no ships without sky.", forms) == {"car", "dining table"}
+    assert text2mask.named("under the sky: a ship", forms) == {"sky", "ship"}
+
+
+@pytest.mark.parametrize("per, batch, world", [(1, 4, 1), (3, 4, 2), (2, 16, 3)])
+def test_work_covers_all_pairs_once_and_more_of_each_leaves_the_rest(per, batch, world):
+    import masksyn
+    sources = [f"s{i}" for i in range(10)]
+    ranks = [masksyn.work(sources, per, batch, rank, world) for rank in range(world)]
+    jobs = [job for part in ranks for jobs in part for job in jobs]
+    assert sorted(jobs) == sorted((s, k) for s in sources for k in range(per))
+    more, longer = masksyn.work(sources, per + 1, batch, 0, 1), masksyn.work(sources * 2, 1, batch, 0, 1)
+    assert more[:-(-10 // batch) * per] == masksyn.work(sources, per, batch, 0, 1)
+    assert longer[:10 // batch] == masksyn.work(sources, 1, batch, 0, 1)[:10 // batch]
+
+
 # ---- the process ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -139,6 +187,13 @@ def test_samplers_reach_a_gaussian_exactly(sampler):
     out = diffusion.sample(lambda x, sigma: (s ** 2 * x + sigma ** 2 * m) / (s ** 2 + sigma ** 2),
                            diffusion.Schedule("cosine", "sample", "trailing"), torch.randn(20000, 1), 100, sampler)
     assert abs(out.mean() - m) < 0.02 and abs(out.std() - s) < 0.02
+
+
+@pytest.mark.parametrize("steps", [25, 200])
+def test_edm_stays_within_the_noise_the_network_knows(steps):
+    schedule, asked = diffusion.Schedule(), []
+    diffusion.sample(lambda x, sigma: asked.append(sigma) or x / (1 + sigma ** 2), schedule, torch.randn(1, 2), steps, "edm")
+    assert max(asked) <= schedule.sigmas[-1].item() * (1 + 1e-6) and len(asked) == 2 * steps - 1
 
 
 @pytest.mark.parametrize("steps", [10, 25, 50])
@@ -245,6 +300,32 @@ def test_other_settings_do_not_resume(tmp_path):
     toy(tmp_path / "b", 4, about=dict(drop="0.1"))
     with pytest.raises(SystemExit, match="drop 0.1 then, 0.2 now"):
         toy(tmp_path / "b", 4, about=dict(drop="0.2"))
+
+
+def test_a_base_or_data_of_the_same_name_but_changed_does_not_resume(shapes, tmp_path, monkeypatch):
+    import mask2img
+    data = shutil.copytree(shapes, tmp_path / "data")
+    flags = ("--data", data, "--size", 32, "--steps", 1, "--batch", 2, "--device", "cpu")
+    run(monkeypatch, mask2img, "base", "--split", "train", "--out", tmp_path / "base", *flags)
+    train = ("train", "--init", tmp_path / "base", "--out", tmp_path / "m", *flags)
+    run(monkeypatch, mask2img, *train)
+    run(monkeypatch, mask2img, *train)                                   # done: nothing to do, nothing to refuse
+    diffusion.halve(tmp_path / "base", tmp_path / "base")
+    with pytest.raises(SystemExit, match="a run with other settings is there .init .*base .{12} then, .*base .{12} now"):
+        run(monkeypatch, mask2img, *train)
+    name = text2mask.names_of(data / "train")[-1][1]
+    for part in ("images", "masks"):
+        (data / "train" / part / f"{name}.png").unlink()
+    with pytest.raises(SystemExit, match="pairs 12 pairs .{12} then, 11 pairs .{12} now"):
+        run(monkeypatch, mask2img, *train)
+
+
+def test_weights_are_readable_as_other_files_are(tmp_path):
+    diffusion.save(diffusion.Points(16), tmp_path)
+    m2f.save(m2f.Mask2Former(3, **TOY), tmp_path / "segmenter.safetensors")
+    (tmp_path / "file").touch()
+    modes = {(tmp_path / name).stat().st_mode for name in ("model.safetensors", "segmenter.safetensors", "file")}
+    assert len(modes) == 1
 
 
 def test_a_full_disk_is_told_in_one_line(tmp_path):
@@ -1906,10 +1987,11 @@ def test_bad_commands_end_in_one_line(tmp_path):
     (tmp_path / "fake.safetensors").write_bytes(b"\x80\x04nothing")
     cases = [(["--data", tmp_path / "gone"], "looked for a data set"), (["--data", data, "--steps", "-3"], "over zero"),
              (["--data", data, "--synth", other / "train"], "first difference at id 4"),
-             (["--data", data, "--device", "cuda"], "CUDA"), (["--data", data, "--p-synth", "1.5"], "probability"),
+             (["--data", data, "--device", "cuda"], "CUDA"), (["--data", data, "--p-synth", "1.5"], "from 0 to 1"),
              (["--data", data, "--init", tmp_path / "fake.safetensors"], "fake"),
              (["--data", data, "--eval-only", "--out", tmp_path / "none"], "train one first"),
-             (["--data", data, "--compare", "--arms", "masksyn"], "the arms are")]
+             (["--data", data, "--compare", "--arms", "masksyn"], "the arms are"),
+             (["--data", data, "--pretrain"], "--pretrain: looked for synthetic pairs")]
     if torch.cuda.is_available():
         cases = [c for c in cases if "cuda" not in c[0]]
     for flags, words in cases:
@@ -1918,23 +2000,32 @@ def test_bad_commands_end_in_one_line(tmp_path):
         assert "Traceback" not in done.stderr, flags
 
 
-def test_numbers_under_zero_and_foreign_devices_end_in_one_line(tmp_path, capsys):
+@pytest.mark.parametrize("given, words", [
+    ("--arms real", "--arms: looked for --compare"), ("--protocol x", "--protocol: looked for --compare"),
+    ("--compare --seed 1", "--seed: says nothing beside --compare"),
+    ("--pretrain --p-synth 0.5", "--p-synth: says nothing beside --pretrain"),
+    ("--eval-only --new-head", "--new-head: says nothing beside --eval-only"),
+    ("--predictions x", "--predictions: looked for --eval-only")])
+def test_flags_that_would_do_nothing_are_told(given, words):
+    with pytest.raises(T.BadInput, match=words):
+        T.check_flags(T.flags().parse_args(given.split()))
+
+
+def test_numbers_under_zero_end_in_one_line(capsys):
     for flags in (["--seed", "-1"], ["--workers", "-1"], ["--seeds", "0", "-1"]):
         with pytest.raises(SystemExit):
             T.flags().parse_args(flags)
         assert "0 or more" in capsys.readouterr().err
-    with pytest.raises(T.BadInput, match="foo: looked for cpu"):
-        T.start("foo")
 
 
 def test_each_rank_takes_its_gpu_before_it_joins(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
-    monkeypatch.setattr(T.dist, "init_process_group", calls.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: calls.append(backend))
     for name, value in dict(RANK="7", LOCAL_RANK="3", WORLD_SIZE="8").items():
         monkeypatch.setenv(name, value)
-    assert T.start("auto") == (torch.device("cuda:3"), 7, 8) and calls == [torch.device("cuda:3"), "nccl"]
+    assert T.start("auto") == (torch.device("cuda:3"), 7, 8) and calls == ["cuda:3", "nccl"]
 
 
 def test_what_is_missing_is_made_outside_the_process_group(tmp_path, monkeypatch):
@@ -2197,6 +2288,26 @@ def test_valid_leaves_void_out_of_the_mask_losses():
         torch.manual_seed(1)
         losses.append(model.loss(outputs, [{"labels": torch.tensor([0]), "masks": m, "valid": valid}])[1])
     assert torch.allclose(losses[0]["mask"], losses[1]["mask"]) and torch.allclose(losses[0]["dice"], losses[1]["dice"])
+
+
+def test_valid_of_some_images_counts_for_those():
+    """The first image has no segment; without `valid` it counts as valid everywhere."""
+    torch.manual_seed(0)
+    model, x = m2f.Mask2Former(2, **TOY), torch.rand(2, 3, 32, 32)
+    none = {"labels": torch.zeros(0, dtype=torch.long), "masks": torch.zeros(0, 32, 32, dtype=torch.bool)}
+    mask = torch.zeros(1, 32, 32, dtype=torch.bool)
+    mask[:, :16] = True
+    valid = {"valid": torch.ones(32, 32, dtype=torch.bool)}
+    one, losses, outputs = {"labels": torch.tensor([0]), "masks": mask} | valid, [], model(x)
+    for more in ({}, valid):
+        torch.manual_seed(1)
+        losses.append(model.loss(outputs, [none | more, one])[0])
+    assert torch.equal(*losses)
+
+
+def test_frozen_norms_keep_the_precision_they_are_given():
+    norms = [m for m in m2f.ResNet("resnet50").modules() if isinstance(m, m2f.FrozenBatchNorm2d)]
+    assert len(norms) == 53 and all(n(torch.ones(1, n.weight.numel(), 2, 2).bfloat16()).dtype == torch.bfloat16 for n in norms)
 
 
 def test_nan_outputs_are_told():

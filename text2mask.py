@@ -23,6 +23,7 @@ K + 1 edge.
 import argparse
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import re
@@ -259,9 +260,9 @@ def read_captions(folder, name, classes, ids=None):
     return lines or [""]
 
 
-def words_of(caption):
-    """The set of a caption's words, lower case, without punctuation."""
-    return set(re.findall("[a-z]+", caption.lower()))
+def plain(text):
+    """The words of a caption in lower case, a space between them."""
+    return " ".join(re.findall("[a-z]+", text.lower()))
 
 
 @functools.cache
@@ -288,6 +289,13 @@ class Pairs(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.names)
 
+    def fingerprint(self):
+        """A short text that changes when pairs are added, removed or made again."""
+        files = [path for path, _ in self.names]
+        files += [self.folder / "masks" / f"{name}.png" for _, name in self.names if self.masks]
+        text = repr([(path.name, path.stat().st_size) for path in files])
+        return f"{len(self)} pairs {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
     def __getitem__(self, key):
         index, seed = key
         path, name = self.names[index]
@@ -296,45 +304,47 @@ class Pairs(torch.utils.data.Dataset):
         ids = read_ids(self.folder / "masks" / f"{name}.png", K, image.size) if self.masks else None
         lines = read_captions(self.folder, name, self.classes, ids)
         caption = lines[rng.integers(len(lines))] if self.augment else lines[0]
-        mirror = self.augment and rng.random() < 0.5 and not {"left", "right"} & words_of(caption)
+        mirror = self.augment and rng.random() < 0.5 and not {"left", "right"} & set(plain(caption).split())
         fit, h, w, room = placed(image.size, self.size, rng if self.augment else None)
         w = room - w if mirror else w                                    # the mirror image's crop
+
+        def seen(picture):
+            pixels = np.asarray(fit(picture))
+            return (pixels[:, ::-1] if mirror else pixels).copy()
         if self.images:
-            pixels = np.asarray(fit(image.convert("RGB"), Image.Resampling.BOX))
-            pixels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)    # (3, H, W)
-            out["image"] = flipped(pixels.float() / 127.5 - 1, mirror)
+            pixels = torch.from_numpy(seen(image.convert("RGB"))).permute(2, 0, 1)   # (3, H, W)
+            out["image"] = pixels.float() / 127.5 - 1
         if self.masks:
-            path = self.folder / "instances" / f"{name}.png"
-            if self.edges and path.exists():
-                ids = outlined(ids, read_ids(path, 255, image.size), K)
-            codes = np.asarray(fit(Image.fromarray(ids), Image.Resampling.NEAREST))
-            out["codes"] = flipped(torch.from_numpy(codes.astype(np.int64)), mirror)
+            path, codes = self.folder / "instances" / f"{name}.png", seen(Image.fromarray(ids))
+            if self.edges and path.exists():                             # lines come last: one pixel wide
+                instances = Image.fromarray(read_ids(path, 255, image.size))
+                codes = outlined(codes, seen(instances), K)
+            out["codes"] = torch.from_numpy(codes.astype(np.int64))
         out["tokens"] = self.tokenize([caption])[0]
         out["time_ids"] = torch.tensor([image.size[1], image.size[0], h, w, *self.size], dtype=torch.float32)
         return out
 
 
-def spread(n, count):
+def evenly(n, count):
     """`count` positions of n (all, where fewer), evenly apart: neighbours in a film look alike."""
     return [i * n // min(n, count) for i in range(min(n, count))]
 
 
 def placed(source, size, rng):
     """Scales a picture of (W, H) `source` to cover (H, W) `size` and crops (random with rng, else the middle)
-    -> (the function (picture, resampling) -> picture, crop top, crop left, the largest crop left)."""
+    -> (the function picture -> picture, crop top, crop left, the largest crop left). Maps (one channel) go by
+    nearest; photos by the mean of the pixels where they shrink, by cubic interpolation where they grow."""
     scale = max(size[1] / source[0], size[0] / source[1])
     w, h = max(round(source[0] * scale), size[1]), max(round(source[1] * scale), size[0])
     at = [int(rng.integers(room + 1)) if rng else room // 2 for room in (h - size[0], w - size[1])]
     box = (at[1], at[0], at[1] + size[1], at[0] + size[0])
 
-    def fit(picture, resampling):
+    def fit(picture):
+        photo = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
+        resampling = Image.Resampling.NEAREST if picture.mode == "L" else photo
         picture = picture if picture.size == (w, h) else picture.resize((w, h), resampling)
         return picture.crop(box)
     return fit, *at, w - size[1]
-
-
-def flipped(tensor, mirror):
-    return tensor.flip(-1) if mirror else tensor
 
 
 # ----------------------------------------------------------------------------------------------- the networks
@@ -605,7 +615,7 @@ def common_flags(parser, steps, batch, lr):
     parser.add_argument("--size", type=parse_size, default=(64, 64), help="64 or 96x72 (width x height)")
     parser.add_argument("--limit", type=positive(int), help="use the first N training pairs only")
     parser.add_argument("--steps", type=positive(int), default=steps, help="training steps")
-    parser.add_argument("--batch", type=positive(int), default=batch, help="samples a step and rank")
+    parser.add_argument("--batch", type=positive(int), default=batch, help="samples a micro-batch and rank")
     parser.add_argument("--accumulate", type=positive(int), default=1, help="batches a step")
     parser.add_argument("--lr", type=positive(float), default=lr, help="peak learning rate")
     parser.add_argument("--drop", type=within(float, 0, 1), default=0.1,
@@ -668,6 +678,9 @@ def fit(model, loss, data, args, stage, picture, measure=None):
     slow = dict(warmup=500, decay="constant", ema=0.9999) if args.public else {}
     about = ("data", "split", "init", "limit", "drop", "unfreeze", "controlnet", "min_snr", "noise_offset")
     about = {key: str(getattr(args, key)) for key in about if hasattr(args, key)}
+    about["pairs"] = data.fingerprint()
+    if args.init and not args.public:                                    # nobody trains SDXL in its place
+        about["init"] += f" {diffusion.identity(args.init)}"
     out = args.out or Path("out") / name_of(args.data) / stage
     diffusion.fit(model, loss, data, out, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed,
                   device=args.device, accumulate=args.accumulate, compile=args.compile, shard=args.shard,
@@ -707,7 +720,7 @@ def train(args):
         model.rarity = rarities(data, K + 2)
 
     def picture(model, path):
-        chosen = spread(len(data), 8 if model.vae else 24)
+        chosen = evenly(len(data), 8 if model.vae else 24)
         captions = [read_captions(data.folder, data.names[i][1], classes)[0] for i in chosen]
         codes = model.sample(captions, range(len(captions)))
         truth = [palette(K)[data[(i, 0)]["codes"].numpy()] for i in chosen]
@@ -739,10 +752,10 @@ def sample(args):
           "instances")
 
 
-def named(caption, words):
-    """A caption and {class: [words]} -> the set of classes that it names."""
-    said = words_of(caption)
-    return {name for name, forms in words.items() if said & set(forms)}
+def named(caption, forms):
+    """A caption and {class: [words or phrases]} -> the set of classes that it names."""
+    spaced = f" {plain(caption)} "
+    return {name for name, words in forms.items() if any(f" {plain(word)} " in spaced for word in words)}
 
 
 def specks(ids, under=8):
@@ -758,30 +771,35 @@ def measure(args):
     classes, names = read_classes(folder), [name for _, name in names_of(folder)][:args.limit]
     check_classes(model.config["classes"], classes, folder / "classes.json")
     path = folder / "words.json"
-    words = json.loads(path.read_text()) if path.exists() else {c["name"]: [c["name"]] for c in classes}
+    complete = path.exists()                                             # captions tell all that is there
+    words = {c["name"]: [c["name"], c["name"] + "s"] for c in classes}
+    words = json.loads(path.read_text()) if complete else words
     isthing, colours = [c["isthing"] for c in classes], palette(len(classes)).astype(np.float32)
     off, raw, cleaned, real, hits, said, seen, seconds = [], [], [], [], 0, 0, 0, 0
-    for i in tqdm(range(0, len(names), 25), "measure"):
-        part = names[i:i + 25]
+    for i in tqdm(range(0, len(names), args.batch), "measure"):
+        part = names[i:i + args.batch]
         captions = [read_captions(folder, name, classes)[0] for name in part]
         clock = time.time()
         codes, maps = model.sample(captions, [seed_of(args.seed, name) for name in part], args.steps,
                                    args.guidance, args.sampler, maps=True)
         seconds += time.time() - clock
-        near = np.linalg.norm(maps[:, :, :, None] - colours, axis=-1).min(-1)       # (B, H, W) grey levels
+        near = functools.reduce(np.minimum, (np.linalg.norm(maps - colour, axis=-1) for colour in colours))
         off.append((near > 20).mean())
         for name, caption, code in zip(part, captions, codes):
-            truth = read_ids(folder / "masks" / f"{name}.png", len(classes))
+            truth = Image.fromarray(read_ids(folder / "masks" / f"{name}.png", len(classes)))
+            truth = np.asarray(placed(truth.size, code.shape, None)[0](truth))
             ids, _ = segments(code, isthing)
             raw.append(specks(code)), cleaned.append(specks(ids)), real.append(specks(truth))
             asked, shown = named(caption, words), {classes[k - 1]["name"] for k in np.unique(ids) if k}
             shown = {name for name in shown if name in asked or words.get(name) and name != "sky"}
             hits, said, seen = hits + len(asked & shown), said + len(asked), seen + len(shown)
+    precision = f"{100 * hits / max(seen, 1):.1f} (an unnamed sky is no error)" if complete else (
+        f"unknown without {path}")
     print(f"{len(names)} captions of {folder.name}: {100 * np.mean(off):.2f} % of the pixels over 20 grey "
           f"levels from every colour; in specks under 8 px {100 * np.mean(raw):.3f} % as sampled, "
           f"{100 * np.mean(cleaned):.3f} % cleaned, {100 * np.mean(real):.3f} % in real masks; "
-          f"named classes: recall {100 * hits / max(said, 1):.1f}, precision {100 * hits / max(seen, 1):.1f} "
-          f"(an unnamed sky is no error); {60 * len(names) / seconds:.0f} masks a minute")
+          f"named classes: recall {100 * hits / max(said, 1):.1f}, precision {precision}; "
+          f"{60 * len(names) / seconds:.0f} masks a minute")
 
 
 def main():
@@ -804,6 +822,7 @@ def main():
     p.add_argument("--data", default="shapes", help="NAME (data/NAME) or a folder with train/ and val/")
     p.add_argument("--split", default="val", help="the split whose captions are used")
     p.add_argument("--limit", type=positive(int), default=300, help="captions")
+    p.add_argument("--batch", type=positive(int), default=25, help="masks at a time")
     sampling_flags(p, "text2mask", 12, 2.0, "edm")
     args = parsed(parser, training)
     {"train": train, "sample": sample, "measure": measure}[args.command](args)

