@@ -27,7 +27,7 @@ from tqdm import tqdm
 import diffusion
 from diffusion import SAMPLERS, positive, replacing, seed_of, within
 from mask2img import Mask2Img
-from text2mask import (ROOT, Text2Mask, check_classes, dataset_folder, encode, grid, legend, name_of,
+from text2mask import (ROOT, Text2Mask, check_classes, dataset_folder, encode, evenly, grid, legend, name_of,
                        names_of, outlined, read_captions, read_classes, segments, write_mask)
 
 
@@ -82,8 +82,9 @@ def prepare(out, listing, meta, rank):
 
 
 def contact_sheet(out, classes, count=24, columns=8):
-    """OUT/samples.png: rows of masks with their images beneath, and the legend of the classes."""
-    pairs = names_of(out)[:count]
+    """OUT/samples.png: pairs from all over the folder, rows of masks with their images beneath, the legend."""
+    names = names_of(out)
+    pairs = [names[i] for i in evenly(len(names), count)]
     masks = [np.asarray(Image.open(out / "masks" / f"{name}.png")) for _, name in pairs]
     images = [np.asarray(Image.open(path).convert("RGB")) for path, _ in pairs]
     blank = [np.full_like(images[0], 255)] * (-len(images) % columns)

@@ -1404,7 +1404,7 @@ def test_ade20k_sample_trains_and_is_measured(tmp_path):
     assert json.loads((tmp_path / "out/log.jsonl").read_text())["step"] == 2
 
 
-@pytest.mark.skipif("SEGGEN_SLOW" not in os.environ, reason="SEGGEN_SLOW is not set: minutes of a core")
+@pytest.mark.skipif("SEGGEN_SLOW" not in os.environ, reason="SEGGEN_SLOW is not set: a quarter of an hour")
 @real
 def test_tiny_overfits_eight_images_of_camvid(tmp_path, monkeypatch):
     from torchvision import tv_tensors
@@ -1413,7 +1413,7 @@ def test_tiny_overfits_eight_images_of_camvid(tmp_path, monkeypatch):
     fill = {tv_tensors.Image: 128, tv_tensors.Mask: 0}
     monkeypatch.setattr(T, "augmentation", lambda recipe, h, w: v2.RandomCrop((h, w), pad_if_needed=True, fill=fill))
     pairs = T.Pairs(tmp_path / "camvid/train", limit=8)
-    cfg = config(steps=400, batch=4, size=[192, 240], lr=2e-3)
+    cfg = config(steps=1800, batch=2, size=[192, 240], lr=2e-3)
     model = T.train(T.build(cfg, pairs.classes, None), T.Batches(pairs, [], cfg), tmp_path / "o", cfg, CPU)
     assert T.evaluate(model, pairs, cfg, CPU)["mIoU"] > 95
 
