@@ -503,7 +503,8 @@ def check_finite(losses, done, out):
         whole = (out / "state.pt").exists()
         kept = "the last good state is kept in state.pt" if whole else "nothing was saved yet"
         sys.exit(f"{out}: the loss or its gradient was not finite at step "
-                 f"{done - len(losses) + bad[0].item() + 1}; {kept}; run again with a smaller --lr")
+                 f"{done - len(losses) + bad[0].item() + 1}; {kept}; run with a smaller --lr, in "
+                 "another --out")
 
 
 def report(out, line, bar):
@@ -559,6 +560,21 @@ def resume(out, average, optimiser, recipe, rank):
     if differs:
         sys.exit(f"{path}: a run with other settings is there ({'; '.join(differs)}); give another --out or "
                  "delete it")
+    try:
+        take(state, average, optimiser)
+        lines = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
+        lines = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        sys.exit(f"{path}: looked for a state of this version and its log, found {error!r:.300}; delete {out} "
+                 "to start afresh")
+    if rank == 0:
+        with replacing(log) as part:
+            part.write_text("".join(line + "\n" for line in lines))
+    return state["step"]
+
+
+def take(state, average, optimiser):
+    """Loads what save_state wrote."""
     average.copy({n: like(state["model"][n], p) for n, p in average.params.items()})
     for name, p in average.shadow.items():
         p.copy_(like(state["ema"][name], p))
@@ -566,12 +582,6 @@ def resume(out, average, optimiser, recipe, rank):
     for i, p in enumerate(average.params.values()):
         state["optimiser"]["state"][i] = {k: like(t, p) for k, t in state["optimiser"]["state"][i].items()}
     optimiser.load_state_dict(state["optimiser"])
-    if rank == 0:
-        lines = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
-        lines = [line for line in lines if json.loads(line)["step"] <= state["step"]]
-        with replacing(log) as part:
-            part.write_text("".join(line + "\n" for line in lines))
-    return state["step"]
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -671,15 +681,20 @@ def read(path, kind, device="cpu"):
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("seggen", "{}"))
+            found = about.get("format", "none"), about.get("class", "none")
             state = {name: placed(file.get_tensor(name), device, dtype) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         sys.exit(f"{path}: looked for a safetensors file, found something else or a truncated one ({error}); "
                  f"only .safetensors is read, never a pickle")
-    found = about.get("format", "none"), about.get("class", "none")
+    except (ValueError, AttributeError) as error:
+        sys.exit(f"{path}: looked for a checkpoint's settings, found {error!r} in its metadata; train it anew")
     if found != (FORMAT, kind):
+        todo = "train it with this version" if found[1] == kind else f"give a {kind}"
         sys.exit(f"{path}: looked for a checkpoint of format {FORMAT} that holds a {kind}, found format "
-                 f"{found[0]} with {found[1]}; train it with this version")
-    return about["config"], state
+                 f"{found[0]} with {found[1]}; {todo}")
+    if not all(t.isfinite().all() for t in state.values()):
+        sys.exit(f"{path}: looked for weights, found some that are not finite; train anew, at a smaller --lr")
+    return about.get("config", {}), state
 
 
 @contextlib.contextmanager
@@ -687,7 +702,7 @@ def of_this_version(path):
     """What is made inside takes a checkpoint's constructor arguments: unknown ones end in one line."""
     try:
         yield
-    except TypeError as error:
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         sys.exit(f"{path}: looked for this version's constructor arguments, found others ({error}); train it "
                  "anew")
 

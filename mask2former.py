@@ -608,7 +608,8 @@ class SetLoss(nn.Module):
             t = read(sample(torch.cat(truth)[:, None], places))                              # (N L, P)
             weight = (query.T >= 0).to(t).reshape(-1, 1).expand_as(t)
             if any(v is not None for v in valid):
-                valid = torch.stack([truth[0].new_ones(1, *truth[0].shape[1:]) if v is None else v for v in valid])
+                everywhere = truth[0].new_ones(1, *truth[0].shape[1:])
+                valid = torch.stack([everywhere if v is None else v for v in valid])
                 weight = weight * read(sample(valid[image], places))
         x = sample(x, points)[:, 0]                                                          # (N L, P)
         mask = (F.binary_cross_entropy_with_logits(x, t, reduction="none") * weight).mean(1).sum()
@@ -793,7 +794,7 @@ def predict(model, image, task=None, short=None, window=None, scales=(1.0,), fli
     model.eval()
     task = task or model.config["task"]
     if not torch.is_tensor(image):
-        image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255
+        image = torch.from_numpy(np.array(rgb(image))).permute(2, 0, 1) / 255
     image = image.to(model.mean)
     if window or flip or tuple(scales) != (1.0,):
         if task != "semantic":
@@ -804,6 +805,13 @@ def predict(model, image, task=None, short=None, window=None, scales=(1.0,), fli
     if task == "semantic":
         return semantic(pred, size, extent)
     return {"panoptic": panoptic, "instance": instance}[task](pred, size, isthing, extent, **thresholds)
+
+
+def rgb(image):
+    """A picture in RGB of 8 bits. PIL's own conversion would clip 16-bit grey to white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 # ---- weights -----------------------------------------------------------------------------------------------
@@ -1078,7 +1086,7 @@ def draw_all(model, files, folder, short=None):
     for file in files:
         try:
             with Image.open(file) as image:
-                image = image.convert("RGB")
+                image = rgb(image)
         except Exception as error:
             sys.exit(f"{file}: cannot be read as an image ({error})")
         if max(image.size) > LONGEST:                    # a camera's 24 megapixels would take over 10 GB

@@ -64,12 +64,13 @@ def prepare(out, listing, meta, rank):
     made with other settings or by others."""
     text, path = json.dumps(meta, indent=1, sort_keys=True) + "\n", out / "meta.json"
     with diffusion.writable(out):
-        if path.exists() and path.read_text() != text:
-            sys.exit(f"{out}: pairs made with other settings are there (see meta.json); give another --out "
-                     "or delete it")
-        if not path.exists() and any(out.glob("images/*")):
-            sys.exit(f"{out}: looked for a folder of synthetic pairs, found images without a meta.json; give "
-                     "another --out")
+        if any(out.glob("images/*")):
+            if not path.exists():
+                sys.exit(f"{out}: looked for a folder of synthetic pairs, found images without a meta.json; "
+                         "give another --out")
+            if path.read_bytes() != text.encode():
+                sys.exit(f"{out}: pairs made with other settings are there (see meta.json); give another "
+                         "--out or delete it")
         for part in ("images", "masks", "captions"):
             (out / part).mkdir(parents=True, exist_ok=True)
     if rank == 0:
@@ -82,7 +83,7 @@ def prepare(out, listing, meta, rank):
 
 
 def contact_sheet(out, classes, count=24, columns=8):
-    """OUT/samples.png: pairs from all over the folder, rows of masks with their images beneath, the legend."""
+    """OUT/samples.png: pairs from all over the folder, rows of masks above their images, the legend."""
     names = names_of(out)
     pairs = [names[i] for i in evenly(len(names), count)]
     masks = [np.asarray(Image.open(out / "masks" / f"{name}.png")) for _, name in pairs]

@@ -142,6 +142,21 @@ def test_photos_shrink_by_the_mean_and_grow_smoothly():
     assert set(np.unique(double(mask))) == set(np.unique(half(mask))) | set(np.unique(ramp))
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_grey_of_16_bits_is_scaled_not_clipped(mode):
+    grey = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    image = Image.fromarray(grey) if mode == "I;16" else Image.fromarray(grey.astype(np.int32))
+    assert image.mode == mode
+    for read in (text2mask.rgb, m2f.rgb):
+        assert (np.asarray(read(image)) == (grey >> 8)[..., None]).all()
+
+
+def test_a_negative_id_is_told_in_one_line(tmp_path):
+    Image.fromarray(np.full((4, 4), -1, np.int32)).save(tmp_path / "a.tiff")
+    with pytest.raises(SystemExit, match="looked for ids of 0 to 3, found class id -1"):
+        text2mask.read_ids(tmp_path / "a.tiff", 3)
+
+
 def test_captions_name_classes_by_words_and_phrases():
     forms = {"car": ["car", "cars"], "dining table": ["dining table"], "sky": ["under the sky"], "ship": ["ship"]}
     assert text2mask.named("Two cars, a dining  table; no ships without sky.", forms) == {"car", "dining table"}
@@ -326,6 +341,34 @@ def test_weights_are_readable_as_other_files_are(tmp_path):
     (tmp_path / "file").touch()
     modes = {(tmp_path / name).stat().st_mode for name in ("model.safetensors", "segmenter.safetensors", "file")}
     assert len(modes) == 1
+
+
+@pytest.mark.parametrize("spoil", [lambda state: state["model"].popitem(), lambda state: state.pop("step"),
+                                   lambda state: state["optimiser"].pop("param_groups")])
+def test_a_state_of_another_layout_is_told_in_one_line(tmp_path, spoil):
+    toy(tmp_path, 4)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    spoil(state)
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(SystemExit, match="state of this version and its log, found KeyError"):
+        toy(tmp_path, 4)
+
+
+@pytest.mark.parametrize("about, words", [
+    ("{", "JSONDecodeError"), ("[1]", "AttributeError"), ('{"format": "seggen-1", "class": "Points", "config": {"width": "x"}}',
+                                                       "constructor arguments")])
+def test_garbled_metadata_is_told_in_one_line(tmp_path, about, words):
+    diffusion.write_tensors({"a": torch.zeros(1)}, dict(seggen=about), tmp_path)
+    with pytest.raises(SystemExit, match=words):
+        diffusion.load(diffusion.Points, tmp_path)
+
+
+def test_weights_that_are_not_finite_are_told_in_one_line(tmp_path):
+    model = diffusion.Points(16)
+    next(model.parameters()).data.fill_(math.nan)
+    diffusion.save(model, tmp_path)
+    with pytest.raises(SystemExit, match="not finite"):
+        diffusion.load(diffusion.Points, tmp_path)
 
 
 def test_a_full_disk_is_told_in_one_line(tmp_path):
@@ -2005,7 +2048,8 @@ def test_bad_commands_end_in_one_line(tmp_path):
     ("--compare --seed 1", "--seed: says nothing beside --compare"),
     ("--pretrain --p-synth 0.5", "--p-synth: says nothing beside --pretrain"),
     ("--eval-only --new-head", "--new-head: says nothing beside --eval-only"),
-    ("--predictions x", "--predictions: looked for --eval-only")])
+    ("--predictions x", "--predictions: looked for --eval-only"),
+    ("--compare --protocol ../x", "looked for a name, found a path")])
 def test_flags_that_would_do_nothing_are_told(given, words):
     with pytest.raises(T.BadInput, match=words):
         T.check_flags(T.flags().parse_args(given.split()))

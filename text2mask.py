@@ -229,6 +229,13 @@ def open_image(path, kind="image"):
                  "remove it")
 
 
+def rgb(image):
+    """A picture in RGB of 8 bits. PIL's own conversion would clip 16-bit grey to white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def read_ids(path, K, size=None):
     """A mask PNG -> (H, W) uint8 ids; refuses RGB, another (W, H) than size, and ids over K: the number of
     classes, or 255 for instances."""
@@ -240,9 +247,10 @@ def read_ids(path, K, size=None):
         sys.exit(f"{path}: the mask is {mask.size[0]} x {mask.size[1]}, its image {size[0]} x {size[1]}; "
                  "they must agree")
     ids = np.array(mask).astype(np.int64)
-    if ids.max(initial=0) > K:
+    if ids.max(initial=0) > K or ids.min(initial=0) < 0:
+        found = ids.max() if ids.max() > K else ids.min()
         todo = "add the class to classes.json or mend the mask" if kind == "class" else "mend the mask"
-        sys.exit(f"{path}: looked for ids of 0 to {K}, found {kind} id {ids.max()}; {todo}")
+        sys.exit(f"{path}: looked for ids of 0 to {K}, found {kind} id {found}; {todo}")
     return ids.astype(np.uint8)
 
 
@@ -312,7 +320,7 @@ class Pairs(torch.utils.data.Dataset):
             pixels = np.asarray(fit(picture))
             return (pixels[:, ::-1] if mirror else pixels).copy()
         if self.images:
-            pixels = torch.from_numpy(seen(image.convert("RGB"))).permute(2, 0, 1)   # (3, H, W)
+            pixels = torch.from_numpy(seen(rgb(image))).permute(2, 0, 1)  # (3, H, W)
             out["image"] = pixels.float() / 127.5 - 1
         if self.masks:
             path, codes = self.folder / "instances" / f"{name}.png", seen(Image.fromarray(ids))

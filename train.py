@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 from diffusion import identity, positive, start, within
 from mask2former import (PRESETS, Mask2Former, count, final_predictions, instance, load, panoptic, predict,
-                         save, semantic, targets)
+                         rgb, save, semantic, targets)
 
 HERE = Path(__file__).resolve().parent
 CROWD = 255                                         # the instance number of a crowd region
@@ -138,7 +138,7 @@ class Pairs:
 
     def read(self, i):
         image_path, mask_path = self.files[i]
-        image = np.array(opened(image_path).convert("RGB"))                      # (H, W, 3)
+        image = np.array(rgb(opened(image_path)))                                # (H, W, 3)
         ids = ids_of(mask_path, image, image_path)                               # (H, W)
         if ids.max() > len(self.classes):
             raise BadInput(f"{mask_path}: holds class id {ids.max()}, but {self.root / 'classes.json'} has "
@@ -334,9 +334,10 @@ def train(model, batches, out, cfg, device, compiled=False, workers=0):
         total += loss
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["clip"])    # the same on every rank
         if not torch.isfinite(norm):
+            there = (out / "state.pt").exists()
+            kept = "the last good state is kept in state.pt" if there else "nothing was saved yet"
             raise BadInput(f"{out}: the loss was {loss:.4g} and its gradient {norm.item():.4g} at step "
-                           f"{step + 1}; the last good state is kept in state.pt; run again with a smaller "
-                           f"--lr")
+                           f"{step + 1}; {kept}; run with a smaller --lr into another --out")
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         done = step + 1
@@ -416,10 +417,14 @@ def resume(out, model, optimiser, cfg, rank=0):
         changed = [f"{k} {old.get(k)} then, {new.get(k)} now" for k in new if old.get(k) != new.get(k)]
         raise BadInput(f"{path}: is of a run with other settings ({'; '.join(changed)}); give another --out "
                        f"or delete it")
-    model.load_state_dict(state["model"])
-    optimiser.load_state_dict(dict(optimiser.state_dict(), state=state["optimiser"]))
-    lines = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+    try:
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(dict(optimiser.state_dict(), state=state["optimiser"]))
+        lines = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise BadInput(f"{path}: looked for a state of this version and its log, found {error!r:.300}; "
+                       f"delete {out} to start afresh")
     if rank == 0:
         write(log, lambda part: part.write_text("".join(line + "\n" for line in kept)))
     return state["step"]
@@ -1032,6 +1037,9 @@ def flags():
 def arms_of(args, real, root, synth):
     """The arms of --compare -> {name: [Pairs]}."""
     folders = {f"+ {NAMED.get(path.name, path.name)}": Pairs(path, real) for path in map(Path, synth)}
+    if len(folders) < len(synth):
+        raise BadInput(f"--synth {' '.join(map(str, synth))}: looked for folders of different names, the "
+                       f"arms' names, found one twice; rename one, or compare them under two --protocol")
     arms = {"real only": [], **{name: [pairs] for name, pairs in folders.items()}}
     if len(folders) > 1:
         arms["+ both" if len(folders) == 2 else "+ all"] = list(folders.values())
@@ -1089,6 +1097,8 @@ def check_flags(args):
                         ("multi_scale", "predictions")):
         if flag in given and other in given:
             raise BadInput(f"--{dashed(flag)}: says nothing beside --{dashed(other)}, found both; give one")
+    if Path(args.protocol).name != args.protocol:
+        raise BadInput(f"--protocol {args.protocol}: looked for a name, found a path; the folder is --out's")
     if args.multi_scale and args.task != "semantic":
         raise BadInput(f"--multi-scale: looked for --task semantic, found {args.task}; leave it out")
 
