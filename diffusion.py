@@ -135,6 +135,8 @@ class Schedule:
 
     def grid(self, n, sampler):
         """n steps of a sampler -> n + 1 falling sigmas (the last is where it ends) and the n time steps."""
+        if n > self.T:
+            sys.exit(f"--steps {n}: looked for that many noise levels, found {self.T}; take fewer")
         if sampler == "edm":                                             # EDM eq. 5, rho = 7
             top, low, rho = self.sigmas[-1].item() ** (1 / 7), self.sigmas[0].item() ** (1 / 7), 7
             sigmas = [(top + i / max(n - 1, 1) * (low - top)) ** rho for i in range(n)]
@@ -565,8 +567,8 @@ def resume(out, average, optimiser, recipe, rank):
         lines = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
         lines = [line for line in lines if json.loads(line)["step"] <= state["step"]]
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        sys.exit(f"{path}: looked for a state of this version and its log, found {error!r:.300}; delete {out} "
-                 "to start afresh")
+        sys.exit(f"{path}: looked for a state of this version and its log, found {error!r:.300}; delete "
+                 f"{out} to start afresh")
     if rank == 0:
         with replacing(log) as part:
             part.write_text("".join(line + "\n" for line in lines))
@@ -687,7 +689,7 @@ def read(path, kind, device="cpu"):
         sys.exit(f"{path}: looked for a safetensors file, found something else or a truncated one ({error}); "
                  f"only .safetensors is read, never a pickle")
     except (ValueError, AttributeError) as error:
-        sys.exit(f"{path}: looked for a checkpoint's settings, found {error!r} in its metadata; train it anew")
+        sys.exit(f"{path}: looked for settings in its metadata, found {error!r}; train it anew")
     if found != (FORMAT, kind):
         todo = "train it with this version" if found[1] == kind else f"give a {kind}"
         sys.exit(f"{path}: looked for a checkpoint of format {FORMAT} that holds a {kind}, found format "

@@ -59,32 +59,34 @@ def write_pair(out, job, caption, instances, ids, image, K):
         Image.fromarray(image).save(path)
 
 
+def refuse(out, meta):
+    """Ends the program where pairs are in OUT that were made with other settings than meta, or by others."""
+    path = out / "meta.json"
+    if any(out.glob("images/*")) and not path.exists():
+        sys.exit(f"{out}: looked for a folder of synthetic pairs, found images without a meta.json; give "
+                 "another --out")
+    if any(out.glob("images/*")) and path.read_bytes() != meta.encode():
+        sys.exit(f"{out}: pairs made with other settings are there (see meta.json); give another --out or "
+                 "delete it")
+
+
 def prepare(out, listing, meta, rank):
-    """Makes the pair folder: meta.json first, then classes.json, the text `listing`. Refuses pairs that were
-    made with other settings or by others."""
-    text, path = json.dumps(meta, indent=1, sort_keys=True) + "\n", out / "meta.json"
+    """Makes the pair folder: meta.json first, then classes.json, the text `listing`."""
     with diffusion.writable(out):
-        if any(out.glob("images/*")):
-            if not path.exists():
-                sys.exit(f"{out}: looked for a folder of synthetic pairs, found images without a meta.json; "
-                         "give another --out")
-            if path.read_bytes() != text.encode():
-                sys.exit(f"{out}: pairs made with other settings are there (see meta.json); give another "
-                         "--out or delete it")
         for part in ("images", "masks", "captions"):
             (out / part).mkdir(parents=True, exist_ok=True)
     if rank == 0:
         for left in (*out.glob(".*.tmp*"), *out.glob("*/.*.tmp*")):      # of a run that was killed in a write
             if left.is_file():
                 left.unlink(missing_ok=True)
-        for file, content in ((path, text), (out / "classes.json", listing)):
+        for file, content in ((out / "meta.json", meta), (out / "classes.json", listing)):
             with replacing(file) as part:
                 part.write_text(content, encoding="utf-8")
 
 
 def contact_sheet(out, classes, count=24, columns=8):
     """OUT/samples.png: pairs from all over the folder, rows of masks above their images, the legend."""
-    names = names_of(out)
+    names = [(path, path.stem) for path in sorted(out.glob("images/[!.]*.png"))]     # each is a whole pair
     pairs = [names[i] for i in evenly(len(names), count)]
     masks = [np.asarray(Image.open(out / "masks" / f"{name}.png")) for _, name in pairs]
     images = [np.asarray(Image.open(path).convert("RGB")) for path, _ in pairs]
@@ -108,16 +110,19 @@ def synthesize(args, stage, folder, sources, make, classes, meta):
     both modes. folder: the pair folder of the sources, whose classes.json the new one has too."""
     _, rank, world = diffusion.start(args.device)
     out = args.out or Path("out") / name_of(args.data) / stage
+    meta = json.dumps(meta, indent=1, sort_keys=True) + "\n"
+    refuse(out, meta)
+    batches = work(sources, args.per, args.batch, rank, world)
+    lack = [jobs for jobs in batches if not all(present(out, job) for job in jobs)]
+    first = make(lack[0]) if lack else []                                # bad input is told before a folder is
     prepare(out, (folder / "classes.json").read_text(encoding="utf-8"), meta, rank)
     if world > 1:
         torch.distributed.barrier()
-    batches = work(sources, args.per, args.batch, rank, world)
-    with tqdm(total=sum(map(len, batches)), desc=stage, unit="pair", disable=rank > 0) as bar:
-        for jobs in batches:
-            if not all(present(out, job) for job in jobs):               # a batch is made whole: same bytes
-                for job, pair in zip(jobs, make(jobs)):
-                    if not present(out, job):
-                        write_pair(out, job, *pair, len(classes))
+    with tqdm(total=sum(map(len, lack)), desc=stage, unit="pair", disable=rank > 0) as bar:
+        for n, jobs in enumerate(lack):                                  # a batch is made whole: same bytes
+            for job, pair in zip(jobs, make(jobs) if n else first):
+                if not present(out, job):
+                    write_pair(out, job, *pair, len(classes))
             bar.update(len(jobs))
     if world > 1:
         torch.distributed.barrier()

@@ -157,6 +157,40 @@ def test_a_negative_id_is_told_in_one_line(tmp_path):
         text2mask.read_ids(tmp_path / "a.tiff", 3)
 
 
+@pytest.mark.parametrize("classes, words", [
+    ('[{"name": null}]', "found .None, False."), ('[{"name": "a", "isthing": "no"}]', "found .'a', 'no'."), ("[[1]]", "TypeError"),
+    ("{", "JSONDecodeError")])
+def test_both_readers_of_classes_refuse_the_same(tmp_path, classes, words):
+    (tmp_path / "classes.json").write_text(classes)
+    with pytest.raises(SystemExit, match=words):
+        text2mask.read_classes(tmp_path)
+    with pytest.raises(T.BadInput, match="classes.json: looked for a list"):
+        T.read_classes(tmp_path)
+    (tmp_path / "classes.json").write_text('[{"name": "a"}]')
+    assert text2mask.read_classes(tmp_path) == T.read_classes(tmp_path) == [{"name": "a", "isthing": False}]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"sky": 5}', '{"sky": [5]}'])
+def test_a_garbled_list_of_words_is_told_in_one_line(tmp_path, text):
+    (tmp_path / "words.json").write_text(text)
+    with pytest.raises(SystemExit, match="words.json: looked for {class: .words.}"):
+        text2mask.read_words(tmp_path / "words.json")
+
+
+def test_bad_input_of_a_synthesis_leaves_no_folder(shapes, tmp_path, monkeypatch):
+    import imgsyn
+    data = shutil.copytree(shapes, tmp_path / "data")
+    flags = ("--data", data, "--limit", 2, "--device", "cpu", "--mask2img", Path(REPO, "weights/shapes/mask2img"))
+    for more, words in ((("--steps", 1001), "take fewer"), (("--steps", 10 ** 20), "take fewer")):
+        with pytest.raises(SystemExit, match=words):
+            run(monkeypatch, imgsyn, *flags, *more, "--out", tmp_path / "out")
+    mask = data / "train" / "masks" / f"{text2mask.names_of(data / 'train')[0][1]}.png"
+    Image.open(mask).convert("RGB").save(mask)
+    with pytest.raises(SystemExit, match="not colours"):
+        run(monkeypatch, imgsyn, *flags, "--steps", 1, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_captions_name_classes_by_words_and_phrases():
     forms = {"car": ["car", "cars"], "dining table": ["dining table"], "sky": ["under the sky"], "ship": ["ship"]}
     assert text2mask.named("Two cars, a dining  table; no ships without sky.", forms) == {"car", "dining table"}

@@ -184,23 +184,27 @@ def check_classes(wanted, found, where):
     """Two lists of classes, of data or checkpoints, must name the same; where: what the second is of."""
     first, second = ([c["name"] for c in classes] for classes in (wanted, found))
     if first != second:
-        sys.exit(f"{where}: its {len(second)} classes are not the {len(first)} expected; take what was made "
-                 "of the same data")
+        k = next((k for k, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+        a, b = (names[k] if k < len(names) else "none" for names in (first, second))
+        sys.exit(f"{where}: its {len(second)} classes are not the {len(first)} expected: id {k + 1} is {b}, "
+                 f"not {a}; take what was made of the same data")
 
 
 def read_classes(folder):
     """FOLDER/classes.json -> [{"name", "isthing", ...}], one to 214 of them."""
     path = Path(folder) / "classes.json"
     try:
-        classes = json.loads(path.read_text())
-        names = [str(c["name"]) for c in classes]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        classes = [(c["name"], c.get("isthing", False)) for c in json.loads(path.read_text("utf-8"))]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         sys.exit(f"{path}: looked for a list of {{name, isthing}}, found {type(error).__name__}; write one "
                  "entry a class")
-    if not 1 <= len(names) <= MAX_CLASSES:
-        sys.exit(f"{path}: {len(names)} classes; the palette has colours for 1 to {MAX_CLASSES}: merge or "
+    wrong = [pair for pair in classes if not (isinstance(pair[0], str) and isinstance(pair[1], bool))]
+    if wrong:
+        sys.exit(f"{path}: looked for a name, and true or false for isthing, found {wrong[0]}; mend it")
+    if not 1 <= len(classes) <= MAX_CLASSES:
+        sys.exit(f"{path}: {len(classes)} classes; the palette has colours for 1 to {MAX_CLASSES}: merge or "
                  "drop some")
-    return [dict(name=name, isthing=bool(c.get("isthing", False))) for name, c in zip(names, classes)]
+    return [dict(name=name, isthing=isthing) for name, isthing in classes]
 
 
 def names_of(folder, masks=True):
@@ -258,7 +262,7 @@ def read_captions(folder, name, classes, ids=None):
     """Lines of captions/NAME.txt; where there are none, one composed from the classes of ids, which are read
     from masks/ if not given. With classes empty, there are no masks: it is "" then."""
     path = Path(folder) / "captions" / f"{name}.txt"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines and classes:
         ids = read_ids(Path(folder) / "masks" / f"{name}.png", len(classes)) if ids is None else ids
@@ -766,6 +770,16 @@ def named(caption, forms):
     return {name for name, words in forms.items() if any(f" {plain(word)} " in spaced for word in words)}
 
 
+def read_words(path):
+    """words.json -> {class: [words or phrases that name it]}."""
+    try:
+        words = json.loads(path.read_text("utf-8"))
+        assert all(isinstance(word, str) for forms in words.values() for word in forms)
+        return words
+    except (OSError, ValueError, AttributeError, TypeError, AssertionError) as error:
+        sys.exit(f"{path}: looked for {{class: [words]}}, found {type(error).__name__}; mend or delete it")
+
+
 def specks(ids, under=8):
     """Share of the pixels of (H, W) ids in 4-connected regions under that many pixels."""
     size = np.bincount(components(ids).ravel())
@@ -780,8 +794,7 @@ def measure(args):
     check_classes(model.config["classes"], classes, folder / "classes.json")
     path = folder / "words.json"
     complete = path.exists()                                             # captions tell all that is there
-    words = {c["name"]: [c["name"], c["name"] + "s"] for c in classes}
-    words = json.loads(path.read_text()) if complete else words
+    words = read_words(path) if complete else {c["name"]: [c["name"], c["name"] + "s"] for c in classes}
     isthing, colours = [c["isthing"] for c in classes], palette(len(classes)).astype(np.float32)
     off, raw, cleaned, real, hits, said, seen, seconds = [], [], [], [], 0, 0, 0, 0
     for i in tqdm(range(0, len(names), args.batch), "measure"):

@@ -82,11 +82,11 @@ def read_classes(root):
         raise BadInput(f"{path}: looked for the classes of a pair folder, found no such file; write it with "
                        f"data/NAME/prepare.py, or check --data")
     try:
-        classes = json.loads(path.read_text(encoding="utf-8"))
+        classes = [{"isthing": False} | c for c in json.loads(path.read_text(encoding="utf-8"))]
         assert classes and all(isinstance(c["name"], str) and isinstance(c["isthing"], bool) for c in classes)
-    except (ValueError, TypeError, KeyError, AssertionError):
-        raise BadInput(f'{path}: expected a list of {{"name": ..., "isthing": true or false}}, found '
-                       f'something else')
+    except (ValueError, TypeError, KeyError, AssertionError) as error:
+        raise BadInput(f'{path}: looked for a list of {{"name": ..., "isthing": true or false}}, found '
+                       f'{type(error).__name__}; write one entry a class')
     if len(classes) > 214:                          # 6 ** 3 colours less void and edge
         raise BadInput(f"{path}: {len(classes)} classes; a mask tells 214 at most: merge some")
     return classes

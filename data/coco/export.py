@@ -92,6 +92,9 @@ def export(name, folder, out, classes):
         return str(error)
     except OSError as error:
         return f"{path}: cannot be written ({error}); free the disk or choose another --out"
+    finally:
+        if os.path.lexists(path + ".part"):
+            os.remove(path + ".part")
 
 
 def files(folder):
@@ -106,8 +109,9 @@ def open_folder(folder):
     try:
         with open(path, encoding="utf-8") as file:
             classes = json.load(file)
-        assert all(isinstance(c["name"], str) for c in classes)
         classes = [{"isthing": False, **c} for c in classes]
+        assert all(isinstance(c["name"], str) and isinstance(c["isthing"], bool)
+                   and isinstance(c.get("source_id", 0), int) for c in classes)
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         sys.exit(f"{path}: a list of {{\"name\", \"isthing\", \"source_id\"}} was looked for, found none"
                  f" ({error!r}); give a pair folder such as data/coco/val")
