@@ -279,8 +279,13 @@ def raw_split(root, part, captions):
         sys.exit(f"{root}/images/{part}: JPEG images were looked for, found none; unpack ADE20K again")
     scenes, path = {}, os.path.join(root, "sceneCategories.txt")
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            scenes = dict(line.split(maxsplit=1) for line in file.read().splitlines() if " " in line)
+        try:
+            with open(path, encoding="utf-8") as file:
+                lines = [line.split(maxsplit=1) for line in file]
+        except (OSError, ValueError) as error:
+            sys.exit(f"{path}: lines of a name and a scene were looked for, found none ({error}); unpack it"
+                     " again")
+        scenes = dict(line for line in lines if len(line) == 2)
     composed = sum(not captions.get(name) for name in images)
     if composed:
         print(f"{part}: {composed} of {len(images)} images lack a caption: composed from class names")
@@ -291,9 +296,9 @@ def raw_split(root, part, captions):
 def open_folder(folder, classes):
     """Make the empty pair folder, or clear a killed run's temporary files from the one in place."""
     path, text = os.path.join(folder, "classes.json"), json.dumps(classes, indent=1)
-    if os.path.exists(path) and open(path, encoding="utf-8").read() != text:
-        sys.exit(f"{path}: the classes of --root were looked for, found others; choose another --out")
     try:
+        if os.path.exists(path) and open(path, "rb").read() != text.encode():
+            sys.exit(f"{path}: the classes of --root were looked for, found others; choose another --out")
         for kind in ("images", "masks", "captions", "instances")[:3 + any(c["isthing"] for c in classes)]:
             os.makedirs(os.path.join(folder, kind), exist_ok=True)
         for part in glob.glob(os.path.join(glob.escape(folder), ".*.part")):

@@ -197,9 +197,9 @@ def open_folder(folder):
     classes = [{"name": name, "isthing": False, "source_id": i} for i, name in enumerate(CLASSES)]
     classes = json.dumps(classes, indent=1)
     path = os.path.join(folder, "classes.json")
-    if os.path.exists(path) and open(path, encoding="utf-8").read() != classes:
-        sys.exit(f"{path}: CamVid's classes were looked for, found others; choose another --out")
     try:
+        if os.path.exists(path) and open(path, "rb").read() != classes.encode():
+            sys.exit(f"{path}: CamVid's classes were looked for, found others; choose another --out")
         for kind in ("images", "masks", "captions"):
             os.makedirs(os.path.join(folder, kind), exist_ok=True)
         for part in glob.glob(os.path.join(glob.escape(folder), ".*.part")):

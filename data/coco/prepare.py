@@ -79,12 +79,16 @@ def views(colours, segments, class_of, path):
     """
     ids = colours.astype(np.int32) @ np.array([1, 256, 256 ** 2], np.int32)
     found, where, areas = np.unique(ids, return_inverse=True, return_counts=True)
-    info = {segment["id"]: segment for segment in segments}
+    try:
+        info = {segment["id"]: segment for segment in segments}
+        kinds = {i: class_of[segment["category_id"]] for i, segment in info.items()}
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"{path}: segments with an id and a known category_id were looked for in its JSON,"
+                         f" found others ({error!r}); unpack the annotations again")
     for lost, place in ((set(found) - {0} - set(info), "its JSON"), (set(info) - set(found), "the PNG")):
         if lost:
             raise ValueError(f"{path}: the same segments in PNG and JSON were looked for, found {len(lost)}"
                              f" (id {min(lost)}, ...) not in {place}; take both from the same release")
-    kinds = {segment["id"]: class_of[segment["category_id"]] for segment in segments}
     things = [int(i) for i in found[np.argsort(-areas, kind="stable")]
               if i and kinds[i][1] and not info[i].get("iscrowd")]                   # largest first
     rank, instance = Counter(), {}
@@ -285,7 +289,8 @@ def raw_split(root, path, captions):
                  " panoptic annotations of COCO")
     for part, fields in (("images", ("id", "file_name")), ("categories", ("id", "name", "isthing")),
                          ("annotations", ("image_id", "file_name", "segments_info"))):
-        if not all(isinstance(one, dict) and set(fields) <= one.keys() for one in data[part]):
+        if not all(isinstance(one, dict) and set(fields) <= one.keys() and isinstance(one[fields[0]], int)
+                   for one in data[part]):
             sys.exit(f"{path}: {part} with {', '.join(fields)} were looked for, found others; take the"
                      " panoptic annotations of COCO")
     pngs = folder_of(path[:-len(".json")], os.path.join(root, f"panoptic_{year}"))
@@ -315,9 +320,9 @@ def raw_split(root, path, captions):
 def open_folder(folder, classes):
     """Make the empty pair folder, or clear a killed run's temporary files from the one in place."""
     path, text = os.path.join(folder, "classes.json"), json.dumps(classes, indent=1)
-    if os.path.exists(path) and open(path, encoding="utf-8").read() != text:
-        sys.exit(f"{path}: the classes of --root were looked for, found others; choose another --out")
     try:
+        if os.path.exists(path) and open(path, "rb").read() != text.encode():
+            sys.exit(f"{path}: the classes of --root were looked for, found others; choose another --out")
         for kind in ("images", "masks", "instances", "captions"):
             os.makedirs(os.path.join(folder, kind), exist_ok=True)
         for part in glob.glob(os.path.join(glob.escape(folder), ".*.part")):
