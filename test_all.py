@@ -1251,6 +1251,7 @@ def test_ade_bad_input_is_one_line(tmp_path):
     assert "RGB" in error(lambda raw: Image.new("RGB", (30, 20)).save(raw / label))
     assert "(31, 20)" in error(lambda raw: Image.new("L", (31, 20)).save(raw / label))
     assert "found L" in error(lambda raw: Image.new("L", (30, 20)).save(raw / label.replace("tions/", "tions_instance/")))
+    assert "sceneCategories" in error(lambda raw: (raw / "sceneCategories.txt").write_bytes(b"ADE_train_1 \xff"))
     image = "images/training/ADE_train_00000000.jpg"
     assert image in error(lambda raw: (raw / image).write_bytes((raw / image).read_bytes()[:-200]))
 
@@ -1305,6 +1306,9 @@ def test_coco_bad_input_is_one_line(tmp_path):
     assert "not in the PNG" in error(edit(lambda d: d["annotations"][0]["segments_info"].append(
         {"id": 77, "category_id": 3, "iscrowd": 0})))
     assert "found id 4" in error(edit(lambda d: d["annotations"][0]["segments_info"][0].update(category_id=4)))
+    for spoil in (lambda s: s.pop("category_id"), lambda s: s.pop("id"), lambda s: s.update(category_id=None), lambda s: s.update(id=[1])):
+        assert "category_id" in error(edit(lambda d: spoil(d["annotations"][0]["segments_info"][0])))
+    assert "annotations with image_id" in error(edit(lambda d: d["annotations"][0].update(image_id=[7])))
     assert "only an image for 8" in error(edit(lambda d: d["images"].append({"id": 8, "file_name": "8.jpg"})))
     assert "only an annotation for 7" in error(edit(lambda d: d["images"][0].update(id=9)))
     assert "categories" in error(edit(lambda d: d.pop("categories")))

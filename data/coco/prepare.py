@@ -79,12 +79,8 @@ def views(colours, segments, class_of, path):
     """
     ids = colours.astype(np.int32) @ np.array([1, 256, 256 ** 2], np.int32)
     found, where, areas = np.unique(ids, return_inverse=True, return_counts=True)
-    try:
-        info = {segment["id"]: segment for segment in segments}
-        kinds = {i: class_of[segment["category_id"]] for i, segment in info.items()}
-    except (LookupError, TypeError) as error:
-        raise ValueError(f"{path}: segments with an id and a known category_id were looked for in its JSON,"
-                         f" found others ({error!r}); unpack the annotations again")
+    info = {segment["id"]: segment for segment in segments}
+    kinds = {i: class_of[segment["category_id"]] for i, segment in info.items()}
     for lost, place in ((set(found) - {0} - set(info), "its JSON"), (set(info) - set(found), "the PNG")):
         if lost:
             raise ValueError(f"{path}: the same segments in PNG and JSON were looked for, found {len(lost)}"
@@ -228,6 +224,11 @@ def made(job, classes, shorter):
         raise ValueError(f"{label}: panoptic colours (id = R + 256 G + 65536 B) were looked for, found mode"
                          f" {mask.mode}; take the PNG files of COCO's panoptic annotations")
     class_of = {c["source_id"]: (i + 1, c["isthing"]) for i, c in enumerate(classes)}
+    if not (isinstance(segments, list) and all(
+            isinstance(s, dict) and isinstance(s.get("id"), int) and isinstance(s.get("category_id"), int)
+            for s in segments)):
+        raise ValueError(f"{label}: segments with an id and a category_id were looked for in its JSON, found"
+                         " others; unpack the annotations again")
     strange = {segment["category_id"] for segment in segments} - set(class_of)
     if strange:
         raise ValueError(f"{label}: known categories were looked for, found id {min(strange)}; take JSON"
