@@ -170,12 +170,14 @@ def train(args):
     model = assembled(args, classes)
     data = Pairs(folder, args.size, model.text.tokenize, edges=args.edges, limit=args.limit)
     val = held_out(args, model)
+    shown, judged = evenly(len(val), 8 if model.vae else 24), evenly(len(val), 64)
+    for i in {*shown, *judged}:
+        val[i, 0]                                                        # a bad file is told now, not later
 
     def picture(model, path):
-        chosen = evenly(len(val), 8 if model.vae else 24)
-        items, count = [val[i, 0] for i in chosen], len(chosen)
+        items, count = [val[i, 0] for i in shown], len(shown)
         codes = np.stack([item["codes"].numpy().astype(np.uint8) for item in items])
-        captions = [read_captions(val.folder, val.names[i][1], classes)[0] for i in chosen]
+        captions = [read_captions(val.folder, val.names[i][1], classes)[0] for i in shown]
         images = model.sample(codes, captions, range(count))
         real = to_pixels(torch.stack([item["image"] for item in items]))
         rows = [[palette(len(classes))[c] for c in codes], images, real]
@@ -185,16 +187,15 @@ def train(args):
     def measure(model):
         """Condition gap: loss with the masks of other images minus loss with the right ones. Near 0: masks
         are ignored."""
-        device, gap, chosen = next(model.parameters()).device, [], evenly(len(val), 64)
-        parts = -(-len(chosen) // 16)
+        device, gap, parts = next(model.parameters()).device, [], -(-len(judged) // 16)
         with torch.no_grad(), model.autocast():
             for start in range(parts):
-                items = [val[i, 0] for i in chosen[start::parts]]
+                items = [val[i, 0] for i in judged[start::parts]]
                 batch = {key: torch.stack([item[key] for item in items]).to(device) for key in items[0]}
                 for shuffle, sign in ((True, 1), (False, -1)):
                     torch.manual_seed(start)
                     gap.append(sign * len(items) * model.loss(model, batch, 0.0, shuffle=shuffle).item())
-        return dict(condition_gap=round(sum(gap) / len(chosen), 5))
+        return dict(condition_gap=round(sum(gap) / len(judged), 5))
 
     min_snr = args.min_snr if args.public else MIN_SNR
     fit(model, lambda net, batch: model.loss(net, batch, args.drop, min_snr, args.noise_offset), data, args,
@@ -207,8 +208,6 @@ def held_out(args, model):
     folder = folder.parent / "val" if (folder.parent / "val").is_dir() else folder
     val = Pairs(folder, args.size, model.text.tokenize, edges=args.edges, augment=False)
     check_classes(model.config["classes"], val.classes, folder / "classes.json")
-    for i in {i for count in (8, 24, 64) for i in evenly(len(val), count)}:
-        val[i, 0]                                                        # a bad file is told now, not later
     return val
 
 

@@ -62,10 +62,12 @@ def write_pair(out, job, caption, instances, ids, image, K):
 def refuse(out, meta):
     """Ends the program where pairs are in OUT that were made with other settings than meta, or by others."""
     path = out / "meta.json"
-    if any(out.glob("images/*")) and not path.exists():
+    if not any(out.glob("images/*")):
+        return
+    if not path.is_file():
         sys.exit(f"{out}: looked for a folder of synthetic pairs, found images without a meta.json; give "
                  "another --out")
-    if any(out.glob("images/*")) and path.read_bytes() != meta.encode():
+    if path.read_bytes() != meta.encode():
         sys.exit(f"{out}: pairs made with other settings are there (see meta.json); give another --out or "
                  "delete it")
 
@@ -86,10 +88,10 @@ def prepare(out, listing, meta, rank):
 
 def contact_sheet(out, classes, count=24, columns=8):
     """OUT/samples.png: pairs from all over the folder, rows of masks above their images, the legend."""
-    names = [(path, path.stem) for path in sorted(out.glob("images/[!.]*.png"))]     # each is a whole pair
-    pairs = [names[i] for i in evenly(len(names), count)]
-    masks = [np.asarray(Image.open(out / "masks" / f"{name}.png")) for _, name in pairs]
-    images = [np.asarray(Image.open(path).convert("RGB")) for path, _ in pairs]
+    paths = sorted(out.glob("images/[!.]*.png"))                         # each is a whole pair
+    paths = [paths[i] for i in evenly(len(paths), count)]
+    masks = [np.asarray(Image.open(out / "masks" / path.name)) for path in paths]
+    images = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
     blank = [np.full_like(images[0], 255)] * (-len(images) % columns)
     rows = [[*[encode(m, len(classes)) for m in masks], *blank], [*images, *blank]]
     rows = [row[i:i + columns] for i in range(0, len(rows[0]), columns) for row in rows]
@@ -114,7 +116,7 @@ def synthesize(args, stage, folder, sources, make, classes, meta):
     refuse(out, meta)
     batches = work(sources, args.per, args.batch, rank, world)
     lack = [jobs for jobs in batches if not all(present(out, job) for job in jobs)]
-    first = make(lack[0]) if lack else []                                # bad input is told before a folder is
+    first = make(lack[0]) if lack else []                                # bad input is told, no folder made
     prepare(out, (folder / "classes.json").read_text(encoding="utf-8"), meta, rank)
     if world > 1:
         torch.distributed.barrier()

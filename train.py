@@ -1087,7 +1087,7 @@ def tell(scores, args, cfg, out):
 def check_flags(args):
     """A flag that only another mode reads is told, not passed over."""
     default = flags().get_default
-    given = {flag for flag in vars(args) if flag != "place" and getattr(args, flag) != default(flag)}
+    given = {flag for flag in vars(args) if getattr(args, flag) != default(flag)}
     beside = [(flag, "compare") for flag in ("seeds", "arms", "oracle", "protocol")]
     beside += [(flag, "eval_only") for flag in ("predictions", "multi_scale")]
     for flag, other in beside:

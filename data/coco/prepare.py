@@ -80,11 +80,11 @@ def views(colours, segments, class_of, path):
     ids = colours.astype(np.int32) @ np.array([1, 256, 256 ** 2], np.int32)
     found, where, areas = np.unique(ids, return_inverse=True, return_counts=True)
     info = {segment["id"]: segment for segment in segments}
-    kinds = {i: class_of[segment["category_id"]] for i, segment in info.items()}
     for lost, place in ((set(found) - {0} - set(info), "its JSON"), (set(info) - set(found), "the PNG")):
         if lost:
             raise ValueError(f"{path}: the same segments in PNG and JSON were looked for, found {len(lost)}"
                              f" (id {min(lost)}, ...) not in {place}; take both from the same release")
+    kinds = {segment["id"]: class_of[segment["category_id"]] for segment in segments}
     things = [int(i) for i in found[np.argsort(-areas, kind="stable")]
               if i and kinds[i][1] and not info[i].get("iscrowd")]                   # largest first
     rank, instance = Counter(), {}
