@@ -1,10 +1,11 @@
 """`tiny` beside a plain U-Net on CamVid at 240 x 180, from scratch: the same pairs, augmentation and minutes.
 
 Both see the batches of train.py's `tiny` recipe under AdamW and a cosine schedule. How many steps fit in the
-time is measured first, on this machine, so nothing else should run on it. mIoU of val and test in percent.
+time is measured first, on this machine, so nothing else should run on it; or each of two processes trains one
+of them (`--only`) with half of the cores. mIoU of val and test in percent.
 
 Reads:  data/camvid/{train,val,test} (python data/camvid/prepare.py --root RAW)
-Writes: OUT/{tiny,unet}/ and OUT/results.json
+Writes: OUT/{tiny,unet}/ and OUT/{tiny,unet}.json, the metrics
 Needs:  train.py, mask2former.py
 
     python bench/camvid.py --minutes 60
@@ -100,21 +101,21 @@ def main():
     parser.add_argument("--data", default=str(ROOT / "data/camvid"), help="folder with train, val and test")
     parser.add_argument("--out", type=Path, default=Path("out/camvid/bench"), help="folder of the results")
     parser.add_argument("--minutes", type=float, default=60, help="training time of each")
+    parser.add_argument("--only", choices=["tiny", "unet"], help="train one of the two")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:
         real = T.Pairs(Path(args.data) / "train")
         tests = {split: T.Pairs(Path(args.data) / split, real) for split in ("val", "test")}
         cfg = T.settings(T.flags().parse_args(["--seed", str(args.seed)]), real, [], 1)
-        results = {}
-        for name in ("tiny", "unet"):
+        for name in [args.only] if args.only else ["tiny", "unet"]:
             pace = seconds_a_step(name, cfg, real)
             own = dict(cfg, steps=max(1, round(args.minutes * 60 / pace)))
             score = contender(name, own, real, args.out / name)
             found = {split: score(pairs) for split, pairs in tests.items()}
-            results[name] = dict(steps=own["steps"], s_per_step=pace, **found)
+            result = dict(found, steps=own["steps"], s_per_step=pace)
+            T.write(args.out / f"{name}.json", lambda part: part.write_text(json.dumps(result, indent=1)))
             print(name, own["steps"], "steps", {k: round(v["mIoU"], 1) for k, v in found.items()}, flush=True)
-        T.write(args.out / "results.json", lambda part: part.write_text(json.dumps(results, indent=1)))
     except T.BadInput as error:
         sys.exit(str(error))
 
