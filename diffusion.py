@@ -394,7 +394,11 @@ def start(device="auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda" and world > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            sys.exit(f"torchrun: looked for a GPU for rank {local} of this machine, found {count}; give as many "
+                     "by --nproc_per_node, or --device cpu")
+        device = f"cuda:{local}"
     if world > 1 and not dist.is_initialized():
         if device.startswith("cuda"):
             torch.cuda.set_device(device)                                # else NCCL takes GPU 0 for all

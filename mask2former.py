@@ -445,61 +445,60 @@ def targets(mask_ids, instances=None, isthing=None, task="semantic"):
     return {"labels": segments // 256 - 1, "masks": code == segments[:, None, None]}
 
 
-def hungarian(cost):
-    """(n, m) costs -> rows, cols: the assignment of least total cost, min(n, m) pairs, rows rising. Exact.
+def hungarian(cost, rows=None):
+    """P assignment problems side by side: costs (P, n, m), n <= m -> (P, n) the column of each row, at the
+    least total cost, exact. rows (P,): how many rows of each problem count; -1 for the others.
 
-    Shortest augmenting paths (Jonker and Volgenant 1987). Rows whose cheapest column nobody else wants are
-    settled at once, which is most of them in this use. Raises ValueError on NaN or infinity."""
+    Shortest augmenting paths (Jonker and Volgenant 1987), one row at a time in all problems at once. Rows
+    whose cheapest column no earlier row wants are settled first. Raises ValueError on NaN or infinity."""
     cost = np.asarray(cost, dtype=np.float64)
     if not np.isfinite(cost).all():
         raise ValueError("matching costs are not finite: the network's outputs hold NaN or infinity")
-    if cost.shape[0] > cost.shape[1]:
-        cols, rows = hungarian(cost.T)
-        order = np.argsort(rows)
-        return rows[order], cols[order]
-    n, m = cost.shape
-    if n == 0:
-        return np.zeros(0, int), np.zeros(0, int)
-    first, u, v = cost.argmin(1), cost.min(1), np.zeros(m)          # duals: cost - u - v >= 0, 0 when matched
-    owner, free = np.full(m, -1), []                                         # owner[col] = row
-    for row, col in enumerate(first):
-        if owner[col] < 0:
-            owner[col] = row
-        else:
-            free.append(row)
-    for row in free:
-        augment(cost, u, v, owner, row)
-    cols = np.flatnonzero(owner >= 0)
-    order = np.argsort(owner[cols])
-    return owner[cols][order], cols[order]
+    P, n, m = cost.shape
+    counts = np.arange(n) < (np.full((P, 1), n) if rows is None else np.asarray(rows)[:, None])      # (P, n)
+    if not counts.any():
+        return np.full((P, n), -1)
+    first, u, v = cost.argmin(2), cost.min(2), np.zeros((P, m))     # duals: cost - u - v >= 0, 0 when matched
+    owner = np.full((P, m), -1)                                              # owner[p, col] = row
+    for row in reversed(range(n)):
+        here = counts[:, row]
+        owner[here, first[here, row]] = row
+    free = counts & (np.take_along_axis(owner, first, 1) != np.arange(n))
+    for row in range(n):
+        here = np.flatnonzero(free[:, row])
+        u[here], v[here], owner[here] = augmented(cost[here], u[here], v[here], owner[here], row)
+    found, (p, col) = np.full((P, n), -1), np.nonzero(owner >= 0)
+    found[p, owner[p, col]] = col
+    return found
 
 
-def augment(cost, u, v, owner, row):
-    """Gives `row` a column along the cheapest path of reassignments (Dijkstra on reduced costs); updates u,
-    v, owner."""
-    dist, back = cost[row] - u[row] - v, np.full(len(v), -1)       # back[col]: the column before it, -1 = row
-    open_ = dist.copy()                                               # dist, but inf once a column is settled
-    settled = []
-    while True:
-        col = int(open_.argmin())
-        step = dist[col]
-        if owner[col] < 0:
-            break
-        settled.append(col)
-        open_[col] = np.inf
-        other = owner[col]
-        new = step + cost[other] - u[other] - v
-        better = (new < dist) & (open_ < np.inf)
-        dist[better] = open_[better] = new[better]
-        back[better] = col
-    u[row] += step
-    for done in settled:
-        u[owner[done]] += step - dist[done]
-        v[done] -= step - dist[done]
-    while back[col] >= 0:
-        owner[col] = owner[back[col]]
-        col = back[col]
-    owner[col] = row
+def augmented(cost, u, v, owner, row):
+    """Gives `row` a column along the cheapest path of reassignments (Dijkstra on reduced costs), in every
+    problem -> u, v, owner."""
+    dist = cost[:, row] - u[:, row, None] - v                       # (P, m), of a path that ends in a column
+    open_, back = dist.copy(), np.full(dist.shape, -1)    # inf once settled; the column before on the path
+    end, going = np.zeros(len(cost), int), np.arange(len(cost))
+    while len(going):
+        end[going] = open_[going].argmin(1)
+        going = going[owner[going, end[going]] >= 0]                         # others reached a free column
+        col, other = end[going], owner[going, end[going]]
+        new = (dist[going, col] - u[going, other])[:, None] + cost[going, other] - v[going]
+        open_[going, col] = np.inf
+        i, to = np.nonzero((new < dist[going]) & (open_[going] < np.inf))
+        dist[going[i], to] = open_[going[i], to] = new[i, to]
+        back[going[i], to] = col[i]
+    length = dist[np.arange(len(cost)), end]
+    u[:, row] += length
+    p, col = np.nonzero(np.isinf(open_))
+    shorter = length[p] - dist[p, col]
+    u[p, owner[p, col]] += shorter
+    v[p, col] -= shorter
+    going, col = np.arange(len(cost)), end
+    while len(going):                                                        # walks the path back
+        before = back[going, col]
+        owner[going, col] = np.where(before < 0, row, owner[going, before])
+        going, col = going[before >= 0], before[before >= 0]
+    return u, v, owner
 
 
 def draw(n, points, device):
@@ -548,18 +547,20 @@ class SetLoss(nn.Module):
     @torch.no_grad()
     def match(self, logits, embed, features, labels, truth, valid):
         """The query of every target in every output: (L, all N) long on the device, -1 for one left out."""
-        costs = [self.costs(logits[:, b], embed[:, b], *t)
-                 for b, t in enumerate(zip(features, labels, truth, valid)) if len(t[1])]
         L, _, Q, _ = logits.shape
-        query = np.full((L, sum(map(len, labels))), -1)
-        flat = torch.cat([logits.new_zeros(0), *(cost.flatten() for cost in costs)])
-        flat = flat.cpu().numpy()                                            # all costs in one transfer
-        start, column = 0, 0
-        for N in (len(label) for label in labels):
-            for i, cost in enumerate(flat[start:start + L * Q * N].reshape(L, Q, N)):
-                rows, cols = hungarian(cost)
-                query[i, column + cols] = rows
-            start, column = start + L * Q * N, column + N
+        counts = [len(label) for label in labels]
+        widest = max(counts, default=0)
+        if not widest:
+            return torch.full((L, 0), -1, device=logits.device)
+        cost = [self.costs(logits[:, b], embed[:, b], features[b], labels[b], truth[b], valid[b])
+                for b, n in enumerate(counts) if n]                          # (L, Q, n) each
+        counts = [n for n in counts if n]
+        dear = max(widest - Q, 0)                            # queries that do not exist, for targets left out
+        cost = torch.stack([F.pad(c, (0, widest - n, 0, dear), value=1e6) for c, n in zip(cost, counts)])
+        cost = cost.flatten(0, 1).mT.cpu().numpy()                           # all costs in one transfer
+        query = hungarian(cost, np.repeat(counts, L)).reshape(len(counts), L, widest)
+        query[query >= Q] = -1
+        query = np.concatenate([found[:, :n] for found, n in zip(query, counts)], 1)
         return torch.from_numpy(query).to(logits.device)
 
     def costs(self, logits, embed, features, labels, truth, valid):

@@ -47,35 +47,36 @@ def write_words(folder):
     (folder / "merges.txt").write_text("#version: 0.2\n")
 
 
-def make_weights(folder, width):
-    """A random SDXL of some width, written by the public pipeline."""
+def make_weights(folder, width, device="cpu"):
+    """A random SDXL of some width, made on a device and written by the public pipeline; from CUDA in fp16."""
     import diffusers
     import transformers
     torch.manual_seed(0)
     unet, depths, heads, vae, text = WIDTHS[width]
     write_words(folder / "words")
     words = transformers.CLIPTokenizer.from_pretrained(str(folder / "words"), model_max_length=77)
-    layers = (12, 32) if width == "sdxl" else (2, 2)
-    clip = [cls(transformers.CLIPTextConfig(
-        vocab_size=len(words), hidden_size=size, intermediate_size=4 * size, num_hidden_layers=n,
-        num_attention_heads=size // (64 if width == "sdxl" else 8), projection_dim=size, hidden_act=act,
-        eos_token_id=2))
-        for cls, size, n, act in ((transformers.CLIPTextModel, text[0], layers[0], "quick_gelu"),
-                                  (transformers.CLIPTextModelWithProjection, text[1], layers[1], "gelu"))]
-    net = diffusers.UNet2DConditionModel(
-        in_channels=4, out_channels=4, block_out_channels=unet, layers_per_block=2, attention_head_dim=heads,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=32,
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
-        cross_attention_dim=sum(text), transformer_layers_per_block=depths, addition_embed_type="text_time",
-        addition_time_embed_dim=256, projection_class_embeddings_input_dim=text[1] + 6 * 256)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=vae, layers_per_block=2, norm_num_groups=min(vae[0], 32), scaling_factor=0.13025,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    with torch.device(device):
+        layers = (12, 32) if width == "sdxl" else (2, 2)
+        clip = [cls(transformers.CLIPTextConfig(
+            vocab_size=len(words), hidden_size=size, intermediate_size=4 * size, num_hidden_layers=n,
+            num_attention_heads=size // (64 if width == "sdxl" else 8), projection_dim=size, hidden_act=act,
+            eos_token_id=2))
+            for cls, size, n, act in ((transformers.CLIPTextModel, text[0], layers[0], "quick_gelu"),
+                                      (transformers.CLIPTextModelWithProjection, text[1], layers[1], "gelu"))]
+        net = diffusers.UNet2DConditionModel(
+            in_channels=4, out_channels=4, block_out_channels=unet, layers_per_block=2, attention_head_dim=heads,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=32,
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
+            cross_attention_dim=sum(text), transformer_layers_per_block=depths, addition_embed_type="text_time",
+            addition_time_embed_dim=256, projection_class_embeddings_input_dim=text[1] + 6 * 256)
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=vae, layers_per_block=2, norm_num_groups=min(vae[0], 32), scaling_factor=0.13025,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
     noise = diffusers.EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
         steps_offset=1)
-    diffusers.StableDiffusionXLPipeline(vae, *clip, words, words, net, noise,
-                                        add_watermarker=False).save_pretrained(folder / "base")
+    pipe = diffusers.StableDiffusionXLPipeline(vae, *clip, words, words, net, noise, add_watermarker=False)
+    (pipe.to(torch.float16) if torch.device(device).type == "cuda" else pipe).save_pretrained(folder / "base")
 
 
 class Ours:
@@ -243,7 +244,7 @@ def main():
     if args.peak:
         return print(peak(*args.peak, args))
     with tempfile.TemporaryDirectory() as folder:
-        make_weights(Path(folder), args.width)
+        make_weights(Path(folder), args.width, args.device)
         rows = []
         for row in measure(args, folder):
             rows.append(row)

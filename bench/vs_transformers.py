@@ -54,27 +54,29 @@ def batch(size, n, device):
     return torch.from_numpy(rng.random((n, 3, size, size), np.float32)).to(device), truth
 
 
-def ours(folder, device):
+def ours(folder, device, compiled):
     model = m2f.load(folder).to(device)
-    return model, lambda x, truth: model.loss(model(x), truth)[0], model
+    net = torch.compile(model) if compiled else model
+    return model, lambda x, truth: model.loss(net(x), truth)[0], net
 
 
-def theirs(folder, device):
+def theirs(folder, device, compiled):
     from transformers import Mask2FormerForUniversalSegmentation
     model = Mask2FormerForUniversalSegmentation.from_pretrained(folder).to(device).eval()
+    net = torch.compile(model) if compiled else model
     mean, std = (torch.tensor(n, device=device)[:, None, None] for n in (m2f.MEAN, m2f.STD))
 
     def loss(x, truth):
-        return model((x - mean) / std, mask_labels=[t["masks"].float() for t in truth],
+        return net((x - mean) / std, mask_labels=[t["masks"].float() for t in truth],
                      class_labels=[t["labels"] for t in truth]).loss
-    return model, loss, lambda x: model((x - mean) / std)
+    return model, loss, lambda x: net((x - mean) / std)
 
 
 class Runner:
     """One of the two libraries: run("forward" or "step", images, targets) -> seconds it took."""
 
-    def __init__(self, side, folder, device):
-        self.model, self.loss, self.call = {"ours": ours, "theirs": theirs}[side](folder, device)
+    def __init__(self, side, folder, device, compiled=False):
+        self.model, self.loss, self.call = {"ours": ours, "theirs": theirs}[side](folder, device, compiled)
         self.optimiser = torch.optim.AdamW(self.model.parameters(), 1e-6, fused=True)
         self.device = device
 
@@ -119,7 +121,8 @@ def peak(side, what, size, n, folder, device):
 
 def measure(args, folder):
     """Yields rows {"size", "what", "ours", "theirs"} of times in seconds and peaks in MB."""
-    runners = {side: Runner(side, folder, args.device) for side in ("ours", "theirs") if args.rounds}
+    runners = {side: Runner(side, folder, args.device, side in args.compile)
+               for side in ("ours", "theirs") if args.rounds}
     for size in args.sizes if args.rounds else ():
         data = batch(size, args.batch, args.device)
         for what in args.what:
@@ -147,6 +150,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="turns of each, 0: memory only")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peaks")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", nargs="*", choices=("ours", "theirs"), default=[],
+                        help="torch.compile one or both (times only)")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--peak", nargs=6, help=argparse.SUPPRESS)               # a child process of --memory
     args = parser.parse_args()
