@@ -874,8 +874,15 @@ def own_config(file, about):
         sys.exit(f"{file}: looked for a file of format seggen-1, found {about['format']}; read it with the "
                  f"version that wrote it, or train it again")
     if about["class"] != "Mask2Former":
-        sys.exit(f"{file}: holds a {about['class']}, not a Mask2Former")
-    return about["config"]
+        sys.exit(f"{file}: looked for a Mask2Former, found a {about['class']}; give a segmenter's weights")
+    config = about["config"]
+    for key, kind in (("class_names", str), ("isthing", bool)):
+        value = config[key]
+        if value is not None and [type(v) for v in value] != [kind] * config["num_classes"]:
+            raise ValueError(f"{key} {str(value)[:80]} of {config['num_classes']} classes")
+    if config["task"] not in TASKS:
+        raise ValueError(f"task {config['task']}")
+    return config
 
 
 def check_keys(file, wanted, found):
@@ -1089,7 +1096,7 @@ def draw_all(model, files, folder, short=None):
             with Image.open(file) as image:
                 image = rgb(image)
         except Exception as error:
-            sys.exit(f"{file}: cannot be read as an image ({error})")
+            sys.exit(f"{file}: looked for an image, found none ({error}); give PNG or JPEG files")
         if max(image.size) > LONGEST:                    # a camera's 24 megapixels would take over 10 GB
             print(f"{file}: {image.width} x {image.height}, looked at with its longer side at {LONGEST}")
             image.thumbnail((LONGEST, LONGEST))

@@ -1151,7 +1151,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
         time.sleep(0.005)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
-    assert 0 < count() < 300
+    assert 0 < count() < 300 and not list(tmp_path.glob("out/*/classes.json"))
     for image in tmp_path.glob("out/*/images/*.png"):                # an image means a whole pair
         assert ids(image.parents[1] / "masks" / image.name).shape == (60, 80)
     (tmp_path / "out/train/.masks-1-a.png.part").write_bytes(b"cut short")
@@ -1172,6 +1172,7 @@ def test_camvid_bad_input_is_one_line(tmp_path):
         line = call("camvid/prepare.py", "--root", raw, "--out", out, *args, ok=False)
         images = {f.stem for f in out.glob("*/images/*")}
         assert images == {f.stem for f in out.glob("*/masks/*")} == {f.stem for f in out.glob("*/captions/*")}
+        assert not list(out.glob("*/classes.json"))                      # no reader takes what is left for a whole set
         return line
 
     assert "trainannot" in error(lambda raw: shutil.rmtree(raw / "trainannot"))
@@ -1240,7 +1241,9 @@ def test_ade_bad_input_is_one_line(tmp_path):
         shutil.rmtree(tmp_path, ignore_errors=True)
         raw = raw_ade(tmp_path / "raw")
         change(raw)
-        return call("ade20k/prepare.py", "--root", raw, "--out", tmp_path / "out", ok=False)
+        line = call("ade20k/prepare.py", "--root", raw, "--out", tmp_path / "out", ok=False)
+        assert not list(tmp_path.glob("out/*/classes.json"))
+        return line
 
     label = "annotations/training/ADE_train_00000000.png"
     assert "objectInfo150" in error(lambda raw: (raw / "objectInfo150.txt").unlink())
@@ -1290,7 +1293,7 @@ def test_coco_bad_input_is_one_line(tmp_path):
         raw = raw_coco(tmp_path / "raw", segments)
         change(raw)
         line = call("coco/prepare.py", "--root", raw, "--out", tmp_path / "out", ok=False)
-        assert not list(tmp_path.glob("out/val/*/*"))
+        assert not list(tmp_path.glob("out/val/*/*")) and not (tmp_path / "out/val/classes.json").exists()
         return line
 
     def edit(change):
@@ -1350,7 +1353,7 @@ def test_export_refuses_what_is_no_pair_folder(tmp_path):
     for wrong, word in ((Image.new("L", (50, 40), 4), "found 4"), (Image.new("RGB", (50, 40)), "RGB"),
                         (Image.new("L", (9, 9)), "(9, 9)")):
         wrong.save(folder / "masks" / name)
-        assert word in call("coco/export.py", folder, "--out", tmp_path / "x", ok=False) and not list(tmp_path.glob("x/*.json"))
+        assert word in call("coco/export.py", folder, "--out", tmp_path / "x", ok=False) and not (tmp_path / "x").exists()
     (folder / "masks" / name).write_bytes(keep)
     assert "--out" in call("coco/export.py", folder, "--out", raw / "val2017/000000000007.jpg/x", ok=False)
     (folder / "images/000000000007.jpg").rename(folder / "images/8.jpg")
@@ -2580,6 +2583,8 @@ def test_bad_weights_end_in_one_line(tmp_path):
     save_file(tensors, tmp_path / "newer.safetensors", about(format="seggen-9"))
     save_file(tensors, tmp_path / "argument.safetensors", about(config=dict(model.config, colour="red")))
     save_file(tensors, tmp_path / "garbled.safetensors", {"seggen": "{"})
+    for key, value in dict(class_names=["a", "b"], isthing=[1, 0, 1], task="dance").items():
+        save_file(tensors, tmp_path / f"{key}.safetensors", about(config={**model.config, key: value}))
     ours = {"model_type": "mask2former"}
     for name, about_it in (("bare", None), ("family", {"model_type": "maskformer"}), ("bodiless", ours), ("listed", []),
                            ("headless", dict(ours, backbone_config={})), ("cut", "{"),
@@ -2593,7 +2598,8 @@ def test_bad_weights_end_in_one_line(tmp_path):
                         "other.safetensors": "UNet", "bare": "config.json", "family": "'maskformer', not 'mask2former'",
                         "headless": "class_predictor", "newer.safetensors": "found seggen-9", "cut": "config.json: looked for",
                         "argument.safetensors": "colour", "garbled.safetensors": "that make none", "odd": "that make none",
-                        "bodiless": "looked for backbone_config", "listed": "config.json: looked for"}.items():
+                        "class_names.safetensors": "class_names", "isthing.safetensors": "isthing",
+                        "task.safetensors": "dance", "bodiless": "looked for backbone_config", "listed": "config.json: looked for"}.items():
         with pytest.raises(SystemExit, match=words) as error:
             m2f.load(tmp_path / name)
         assert "\n" not in str(error.value)

@@ -193,6 +193,9 @@ def check_classes(wanted, found, where):
 def read_classes(folder):
     """FOLDER/classes.json -> [{"name", "isthing", ...}], one to 214 of them."""
     path = Path(folder) / "classes.json"
+    if not path.is_file():
+        sys.exit(f"{path}: looked for the classes of a pair folder, found no such file; write it, or run the "
+                 "data's prepare.py to its end")
     try:
         classes = [(c["name"], c.get("isthing", False)) for c in json.loads(path.read_text("utf-8"))]
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:

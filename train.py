@@ -79,8 +79,8 @@ def read_classes(root):
     """ROOT/classes.json -> [{"name", "isthing", ...}, ...]; class id = position + 1."""
     path = Path(root) / "classes.json"
     if not path.is_file():
-        raise BadInput(f"{path}: looked for the classes of a pair folder, found no such file; write it with "
-                       f"data/NAME/prepare.py, or check --data")
+        raise BadInput(f"{path}: looked for the classes of a pair folder, found no such file; write it, or "
+                       f"run the data's prepare.py to its end")
     try:
         classes = [{"isthing": False} | c for c in json.loads(path.read_text(encoding="utf-8"))]
         assert classes and all(isinstance(c["name"], str) and isinstance(c["isthing"], bool) for c in classes)

@@ -193,7 +193,9 @@ def raw_pairs(root, split):
 
 
 def open_folder(folder):
-    """Make the empty pair folder, or clear a killed run's temporary files from the one in place."""
+    """Make the empty pair folder, or clear a killed run's temporary files from the one in place -> what calls
+    it whole: classes.json comes last, and without it no reader takes the folder.
+    """
     classes = [{"name": name, "isthing": False, "source_id": i} for i, name in enumerate(CLASSES)]
     classes = json.dumps(classes, indent=1)
     path = os.path.join(folder, "classes.json")
@@ -204,9 +206,9 @@ def open_folder(folder):
             os.makedirs(os.path.join(folder, kind), exist_ok=True)
         for part in glob.glob(os.path.join(glob.escape(folder), ".*.part")):
             os.remove(part)
-        put(path, partial(write_text, classes))
         phrases = {c: [phrase for _, phrase in WORDS.get(c, SKY[:-1])] for c in CLASSES}
         put(os.path.join(folder, "words.json"), partial(write_text, json.dumps(phrases, indent=1) + "\n"))
+        return partial(put, path, partial(write_text, classes))
     except OSError as error:
         sys.exit(f"{folder}: a folder to write in was looked for, found none ({error}); choose another --out")
 
@@ -233,15 +235,21 @@ def main():
         sys.exit(f"{args.out}: a folder other than --root was looked for; choose another --out")
     splits = [s for s in ("train", "val", "test") if os.path.isdir(os.path.join(args.root, s))] or ["train"]
     raw = {split: raw_pairs(args.root, split) for split in splits}
-    jobs = []
+    jobs, finish = [], []
     for split, pairs in raw.items():
-        open_folder(os.path.join(args.out, split))
+        finish.append(open_folder(os.path.join(args.out, split)))
         jobs += [(*files, os.path.join(args.out, split)) for files in pairs]
     with Pool() as pool:
         done = pool.imap_unordered(partial(pair, size=args.size), jobs, chunksize=8)
         errors = sorted(sum(tqdm(done, "camvid", len(jobs), unit=" pairs"), []))
     if errors:
-        sys.exit(f"{errors[0]} ({len(errors)} of {len(jobs)} pairs could not be made)")
+        sys.exit(f"{errors[0]} ({len(errors)} of {len(jobs)} pairs could not be made; the folder has no"
+                 " classes.json before all are)")
+    try:
+        for write in finish:
+            write()
+    except OSError as error:
+        sys.exit(f"{args.out}: cannot be written ({error}); free the disk or choose another --out")
     print(f"{args.out}: " + ", ".join(f"{split} {len(pairs)} pairs" for split, pairs in raw.items()))
 
 

@@ -143,9 +143,25 @@ def scored(folder, names):
 
 
 def write_json(data, path):
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        json.dump(data, file)
-    os.replace(path + ".part", path)
+    try:
+        with open(path + ".part", "w", encoding="utf-8") as file:
+            json.dump(data, file)
+        os.replace(path + ".part", path)
+    finally:
+        if os.path.lexists(path + ".part"):
+            os.remove(path + ".part")
+
+
+def clear(out, names):
+    """Takes back an export that failed: PNGs without the JSON mean nothing."""
+    files = [name + ".json" for name in ("panoptic", "instances", "results")]
+    files += [os.path.join("panoptic", name + ".png") for name in names]
+    for path in (os.path.join(out, file) for file in files):
+        if os.path.exists(path):
+            os.remove(path)
+    for folder in (os.path.join(out, "panoptic"), out):
+        if not os.listdir(folder):
+            os.rmdir(folder)
 
 
 def write_all(out, classes, names, found, said):
@@ -192,10 +208,12 @@ def main():
         found = list(tqdm(pool.imap(work, names, chunksize=8), "export", len(names), unit=" images"))
     errors = [one for one in found if isinstance(one, str)]
     if errors:
-        sys.exit(f"{errors[0]} ({len(errors)} of {len(names)} images failed; no JSON was written)")
+        clear(out, names)
+        sys.exit(f"{errors[0]} ({len(errors)} of {len(names)} images failed; nothing is left of the export)")
     try:
         segment_count, thing_count = write_all(out, classes, names, found, said)
     except OSError as error:
+        clear(out, names)
         sys.exit(f"{out}: cannot be written ({error}); free the disk or choose another --out")
     print(f"{out}: {len(names)} images, {segment_count} segments, {thing_count} of them things")
 

@@ -319,7 +319,9 @@ def raw_split(root, path, captions):
 
 
 def open_folder(folder, classes):
-    """Make the empty pair folder, or clear a killed run's temporary files from the one in place."""
+    """Make the empty pair folder, or clear a killed run's temporary files from the one in place -> what calls
+    it whole: classes.json comes last, and without it no reader takes the folder.
+    """
     path, text = os.path.join(folder, "classes.json"), json.dumps(classes, indent=1)
     try:
         if os.path.exists(path) and open(path, "rb").read() != text.encode():
@@ -328,7 +330,7 @@ def open_folder(folder, classes):
             os.makedirs(os.path.join(folder, kind), exist_ok=True)
         for part in glob.glob(os.path.join(glob.escape(folder), ".*.part")):
             os.remove(part)
-        put(path, partial(write_text, text))
+        return partial(put, path, partial(write_text, text))
     except OSError as error:
         sys.exit(f"{folder}: a folder to write in was looked for, found none ({error}); choose another --out")
 
@@ -355,15 +357,21 @@ def main():
         sys.exit(f"{looked}: the same categories in each were looked for, found others; take one release")
     if len(classes) > 214:
         sys.exit(f"{files[0]}: up to 214 categories were looked for, found {len(classes)}; masks have 8 bits")
-    jobs = []
+    jobs, finish = [], []
     for split, (_, found) in splits.items():
-        open_folder(os.path.join(args.out, split), classes)
+        finish.append(open_folder(os.path.join(args.out, split), classes))
         jobs += [(*files, os.path.join(args.out, split)) for files in found]
     with Pool() as pool:
         done = pool.imap_unordered(partial(pair, classes=classes, shorter=args.size), jobs, chunksize=8)
         errors = sorted(sum(tqdm(done, "coco", len(jobs), unit=" pairs"), []))
     if errors:
-        sys.exit(f"{errors[0]} ({len(errors)} of {len(jobs)} pairs could not be made)")
+        sys.exit(f"{errors[0]} ({len(errors)} of {len(jobs)} pairs could not be made; the folder has no"
+                 " classes.json before all are)")
+    try:
+        for write in finish:
+            write()
+    except OSError as error:
+        sys.exit(f"{args.out}: cannot be written ({error}); free the disk or choose another --out")
     print(f"{args.out}: " + ", ".join(f"{split} {len(found)} pairs" for split, (_, found) in splits.items()))
 
 
