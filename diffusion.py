@@ -544,14 +544,15 @@ def save_state(out, average, optimiser, step, recipe, rank):
 
 
 def resume(out, average, optimiser, recipe, rank):
-    """Loads OUT/state.pt where there is one -> the step to go on from; else 0 and an empty log."""
+    """Loads OUT/state.pt where there is one -> the step to go on from; else 0 and no log."""
     path, log = out / "state.pt", out / "log.jsonl"
     with writable(out):
         out.mkdir(parents=True, exist_ok=True)
         for left in out.glob(".*.tmp*") if rank == 0 else ():            # of a run that was killed in a write
             left.unlink(missing_ok=True)
         if not path.exists() and rank == 0:
-            log.write_text("")
+            log.write_text("")                                           # can it be written? bad data, met
+            log.unlink()                                                 # later, leaves none
     if not path.exists():
         return 0
     try:
@@ -801,7 +802,7 @@ def main():
     if args.halve:
         return halve(*args.halve)
     schedule = Schedule("cosine", "v_prediction", "trailing")
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed_of(args.seed, "weights"))
 
     def drop_loss(net, data):
         arm = torch.where(torch.rand(len(data["arm"]), 1) < 0.1, 2, data["arm"])     # 2: the null condition

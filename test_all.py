@@ -1889,6 +1889,13 @@ def test_reads_grey_rgba_palette_and_jpg(tmp_path):
     for i, mode in enumerate(("L", "RGBA", "P")):
         path = root / f"images/{i:03d}.png"
         Image.open(path).convert(mode).save(path)
+    known = np.asarray(Image.open(root / "masks/000.png")).copy()
+    Image.fromarray(known.astype(np.uint16)).save(root / "masks/000.png")
+    assert torch.equal(T.Pairs(root)[0][1][0], torch.from_numpy(known))
+    Image.fromarray(known.astype(np.uint16) + 300).save(root / "masks/000.png")
+    with pytest.raises(T.BadInput, match="looked for ids of 0 to 255, found 30"):
+        T.Pairs(root)[0]
+    Image.fromarray(known).save(root / "masks/000.png")
     Image.open(root / "images/003.png").save(root / "images/003.jpg")
     (root / "images/003.png").unlink()
     assert all(T.Pairs(root)[i][0].shape == (3, 32, 32) for i in range(4))

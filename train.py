@@ -166,18 +166,21 @@ def opened(path):
 
 
 def ids_of(path, image, image_path):
-    """An 8-bit mask as ids (H, W); image (H, W, 3) only for its size."""
+    """A mask as ids (H, W) uint8; image (H, W, 3) only for its size."""
     if not path.is_file():
         raise BadInput(f"{path}: no such file; every pair needs one, or remove the whole folder "
                        f"{path.parent}")
     mask = opened(path)
-    if mask.mode not in ("P", "L"):
-        raise BadInput(f"{path}: looked for 8-bit ids (a palette or grey PNG), found mode {mask.mode}; write "
-                       f"class ids, not colours")
+    if mask.mode not in ("P", "L", "1", "I", "I;16"):
+        raise BadInput(f"{path}: looked for ids (a palette or grey PNG), found mode {mask.mode}; write class "
+                       f"ids, not colours")
     if mask.size != image.shape[1::-1]:
         raise BadInput(f"{path}: {mask.width} x {mask.height}, but {image_path} is {image.shape[1]} x "
                        f"{image.shape[0]}; both must have the same size")
-    return np.array(mask)
+    ids = np.array(mask).astype(np.int64)
+    if ids.min(initial=0) < 0 or ids.max(initial=0) > 255:
+        raise BadInput(f"{path}: looked for ids of 0 to 255, found {ids.min()} to {ids.max()}; mend the mask")
+    return ids.astype(np.uint8)
 
 
 def first_difference(a, b):
@@ -408,7 +411,7 @@ def resume(out, model, optimiser, cfg, rank=0):
             write(log, lambda part: part.touch())
         return 0
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         old, new = json.loads(state["cfg"]), json.loads(json.dumps(cfg))
     except Exception as error:                                   # truncated, a foreign pickle: never executed
         raise BadInput(f"{path}: looked for a state to resume, found {type(error).__name__}; delete it to "
