@@ -396,8 +396,8 @@ def start(device="auto"):
     if device == "cuda" and world > 1:
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= count:
-            sys.exit(f"torchrun: looked for a GPU for rank {local} of this machine, found {count}; give as many "
-                     "by --nproc_per_node, or --device cpu")
+            sys.exit(f"torchrun: looked for a GPU for rank {local} of this machine, found {count}; give as "
+                     "many by --nproc_per_node, or --device cpu")
         device = f"cuda:{local}"
     if world > 1 and not dist.is_initialized():
         if device.startswith("cuda"):
@@ -438,6 +438,8 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
     recipe = dict(steps=steps, batch=batch, world=world, lr=lr, seed=seed, accumulate=accumulate,
                   config=model.config, **(about or {}))
     first = resume(out, average, optimiser, recipe, rank)
+    if first == steps and rank == 0:
+        print(f"{out}: all {steps} steps are trained")
     net = torch.compile(model) if compile else model                     # train net, save model: clean keys
     copies = world > 1 and not shard
     if copies:

@@ -213,9 +213,11 @@ def read_classes(folder):
 def names_of(folder, masks=True):
     """Sorted [(image path, name)] of a pair folder; every image must have its mask, every mask its image."""
     folder = Path(folder)
-    images = {p.stem: p for p in sorted((folder / "images").glob("[!.]*.*"))}
+    images = {p.stem: p for p in sorted((folder / "images").glob("[!.]*"))
+              if p.suffix.lower() in (".png", ".jpg", ".jpeg")}
     if not images:
-        sys.exit(f"{folder / 'images'}: looked for images, found none; prepare the data set first")
+        sys.exit(f"{folder / 'images'}: looked for .png or .jpg images, found none; prepare the data set "
+                 "first")
     if masks:
         have = {p.stem for p in (folder / "masks").glob("[!.]*.png")}
         alone = sorted(set(images) ^ have)

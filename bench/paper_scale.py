@@ -73,21 +73,23 @@ def trained(model, options, args, device):
     for part in model.children():
         getattr(part, "recompute", lambda: None)()
     with tempfile.TemporaryDirectory() as out:
-        diffusion.fit(model, lambda net, batch: model.loss(net, batch, 0.1, *options), Made(args.size, model.text.tokenize),
-                      out, steps=STEPS, batch=args.batch, lr=1e-5, device=str(device), report_every=LAST,
-                      compile=args.compile)
+        diffusion.fit(model, lambda net, batch: model.loss(net, batch, 0.1, *options),
+                      Made(args.size, model.text.tokenize), out, steps=STEPS, batch=args.batch, lr=1e-5,
+                      device=str(device), report_every=LAST, compile=args.compile)
         return json.loads(Path(out, "log.jsonl").read_text().splitlines()[-1])["seconds_per_step"]
 
 
 def generators(base, args, device):
-    flags = SimpleNamespace(public=True, init=base, device=str(device), size=args.size, edges=False, controlnet=None)
+    flags = SimpleNamespace(public=True, init=base, device=str(device), size=args.size, edges=False,
+                            controlnet=None)
     captions, seeds = [f"{vs_diffusers.CAPTION}, {i}" for i in range(args.batch)], range(args.batch)
     codes = torch.stack([Made(args.size, lambda words: [None])[0]["codes"]] * args.batch).numpy()
     for name, module in (("Text2Mask", text2mask), ("Mask2Img", mask2img)):
         fresh()
         model = module.assembled(flags, CLASSES)
         if "train" in args.what:
-            told(f"{name}, {args.batch} x {args.size[0]} px", device, trained(model, (None, 0.0), args, device))
+            seconds = trained(model, (None, 0.0), args, device)
+            told(f"{name}, {args.batch} x {args.size[0]} px", device, seconds)
         if "sample" in args.what:
             for part in model.unet, getattr(model, "controlnet", model.unet):
                 part.to(diffusion.precision(device)).eval().requires_grad_(False)
@@ -115,7 +117,8 @@ class Crops:
         for i, mask in enumerate(masks):
             mask[self.size * i // 10:self.size * (i + 1) // 10] = True
         truth = {"labels": torch.arange(10), "masks": masks}
-        return torch.randint(256, (self.batch, 3, self.size, self.size), dtype=torch.uint8), [truth] * self.batch
+        images = torch.randint(256, (self.batch, 3, self.size, self.size), dtype=torch.uint8)
+        return images, [truth] * self.batch
 
 
 def segmenter(preset, size, batch, compiled, device):

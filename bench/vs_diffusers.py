@@ -64,13 +64,16 @@ def make_weights(folder, width, device="cpu"):
             for cls, size, n, act in ((transformers.CLIPTextModel, text[0], layers[0], "quick_gelu"),
                                       (transformers.CLIPTextModelWithProjection, text[1], layers[1], "gelu"))]
         net = diffusers.UNet2DConditionModel(
-            in_channels=4, out_channels=4, block_out_channels=unet, layers_per_block=2, attention_head_dim=heads,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=32,
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
-            cross_attention_dim=sum(text), transformer_layers_per_block=depths, addition_embed_type="text_time",
-            addition_time_embed_dim=256, projection_class_embeddings_input_dim=text[1] + 6 * 256)
+            in_channels=4, out_channels=4, block_out_channels=unet, layers_per_block=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=heads, norm_num_groups=32, use_linear_projection=True,
+            cross_attention_dim=sum(text), transformer_layers_per_block=depths,
+            addition_embed_type="text_time", addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=text[1] + 6 * 256)
         vae = diffusers.AutoencoderKL(
-            block_out_channels=vae, layers_per_block=2, norm_num_groups=min(vae[0], 32), scaling_factor=0.13025,
+            block_out_channels=vae, layers_per_block=2, norm_num_groups=min(vae[0], 32),
+            scaling_factor=0.13025,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
     noise = diffusers.EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
