@@ -1,12 +1,12 @@
 """`tiny` beside a plain U-Net on CamVid at 240 x 180, from scratch: the same pairs, augmentation and minutes.
 
-All see the batches of train.py's `tiny` recipe under AdamW and a cosine schedule. How many steps fit in the
+Both see the batches of train.py's `tiny` recipe under AdamW and a cosine schedule. How many steps fit in the
 time is measured first, on this machine, so nothing else should run on it; or each of two processes trains one
 of them (`--only`) with half of the cores. With `--steps` as many as that are trained, on any device, which
 repeats a run of known pace for other seeds. mIoU of val and test in percent.
 
 Reads:  data/camvid/{train,val,test} (python data/camvid/prepare.py --root RAW)
-Writes: OUT/{tiny,unet}/ and OUT/{tiny,unet}.json, the metrics; so for unet16, the U-Net of half the width
+Writes: OUT/{tiny,unet}/ and OUT/{tiny,unet}.json, the metrics
 Needs:  train.py, mask2former.py
 
     python bench/camvid.py --minutes 60
@@ -27,15 +27,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train as T  # noqa: E402
 
-CONTENDERS = dict(tiny=None, unet=32, unet16=16)         # a U-Net's width
-
 
 class UNet(nn.Module):
     """Ronneberger's U-Net with group norm: (B, 3, H, W) in 0..1 -> (B, K, H, W) logits, any size."""
 
-    def __init__(self, classes, width=32):
+    def __init__(self, classes, widths=(32, 64, 128, 256)):
         super().__init__()
-        widths = (width, 2 * width, 4 * width, 8 * width)
         self.down = nn.ModuleList(self.block(a, b) for a, b in zip((3,) + widths, widths))
         self.up = nn.ModuleList(self.block(a + b, b) for a, b in zip(widths[:0:-1], widths[-2::-1]))
         self.head = nn.Conv2d(widths[0], classes, 1)
@@ -79,14 +76,14 @@ def score_unet(net, pairs, device):
 
 
 def contender(name, cfg, real, out, device, workers=0):
-    """Trains one of them for cfg["steps"] -> a function Pairs -> metrics."""
+    """Trains one of the two for cfg["steps"] -> a function Pairs -> metrics."""
     torch.manual_seed(cfg["seed"])
     batches = T.Batches(real, [], cfg)
     if name == "tiny":
         model = T.train(T.build(cfg, real.classes, None).to(device), batches, out, cfg, device,
                         workers=workers)
         return lambda pairs: T.evaluate(model, pairs, cfg, device)
-    net = train_unet(UNet(len(real.classes), CONTENDERS[name]).to(device), batches, cfg, device)
+    net = train_unet(UNet(len(real.classes)).to(device), batches, cfg, device)
     T.write(out / "unet.pt", lambda part: torch.save(net.state_dict(), part))
     return lambda pairs: score_unet(net, pairs, device)
 
@@ -108,7 +105,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out/camvid/bench"), help="folder of the results")
     parser.add_argument("--minutes", type=float, default=60, help="training time of each")
     parser.add_argument("--steps", type=int, help="train as many steps instead")
-    parser.add_argument("--only", choices=CONTENDERS, help="train one of them")
+    parser.add_argument("--only", choices=["tiny", "unet"], help="train one of the two")
     parser.add_argument("--workers", type=int, default=0, help="processes that load data for tiny")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--seed", type=int, default=0)
@@ -119,7 +116,7 @@ def main():
                  if (Path(args.data) / split).is_dir()}
         cfg = T.settings(T.flags().parse_args(["--seed", str(args.seed)]), real, [], 1)
         device = T.start(args.device)[0]
-        for name in [args.only] if args.only else CONTENDERS:
+        for name in [args.only] if args.only else ["tiny", "unet"]:
             pace = None if args.steps else seconds_a_step(name, cfg, real, device)
             own = dict(cfg, steps=args.steps or max(1, round(args.minutes * 60 / pace)))
             score = contender(name, own, real, args.out / name, device, args.workers)
