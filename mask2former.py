@@ -35,7 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -403,7 +403,9 @@ class Mask2Former(nn.Module):
                  isthing=None, class_names=None, task="panoptic", weights=None):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "weights", "__class__")}
+        assert min(width, heads, queries, num_classes, encoder_layers, decoder_layers) >= 1, "a size under 1"
         assert width % heads == 0 and width % 32 == 0, f"width {width}: no multiple of 32 and {heads} heads"
+        assert backbone in ("tiny", "resnet50", "resnet101", *SWINS), f"backbone {backbone}: not a known one"
         if backbone == "tiny":
             self.backbone = Tiny()
         else:
@@ -455,6 +457,8 @@ def hungarian(cost, rows=None):
     if not np.isfinite(cost).all():
         raise ValueError("matching costs are not finite: the network's outputs hold NaN or infinity")
     P, n, m = cost.shape
+    if n > m:
+        raise ValueError(f"{n} rows for {m} columns: transpose, or add columns that cost more than any")
     counts = np.arange(n) < (np.full((P, 1), n) if rows is None else np.asarray(rows)[:, None])      # (P, n)
     if not counts.any():
         return np.full((P, n), -1)
@@ -474,9 +478,12 @@ def hungarian(cost, rows=None):
 
 def augmented(cost, u, v, owner, row):
     """Gives `row` a column along the cheapest path of reassignments (Dijkstra on reduced costs), in every
-    problem -> u, v, owner."""
+    problem; cost (P, n, m), u (P, n), v and owner (P, m) -> u, v, owner, changed in place.
+
+    dist is the length of the best path known to each column; open_ the same, but inf where a column is
+    settled, that is, passed through: the free column a path ends in never is."""
     dist = cost[:, row] - u[:, row, None] - v                       # (P, m), of a path that ends in a column
-    open_, back = dist.copy(), np.full(dist.shape, -1)    # inf once settled; the column before on the path
+    open_, back = dist.copy(), np.full(dist.shape, -1)                       # back: the column before, or -1
     end, going = np.zeros(len(cost), int), np.arange(len(cost))
     while len(going):
         end[going] = open_[going].argmin(1)
@@ -516,15 +523,17 @@ class SetLoss(nn.Module):
     ones.
 
     outputs: list of L predictions as the model gives them. targets: list of B dicts, "labels" (N,) long
-    0..K-1, "masks" (N, H, W) bool or float, optionally "valid" (H, W) bool; N may be 0, or more than there
-    are queries (the costliest are then left out). num_masks: what mask losses are divided by; by default the
-    targets of this batch, averaged over ranks; under gradient accumulation pass the average over the
-    micro-batches. Returns the total (weighted, summed over all L) and its parts {"class", "mask", "dice"},
-    detached. All in fp32."""
+    0..K-1, "masks" (N, H, W) bool or float, optionally "valid" (H, W) bool, one (H, W) for all; N may be 0,
+    or more than there are queries (the costliest are then left out). num_masks: what mask losses are divided
+    by; by default the targets of this batch, averaged over ranks; under gradient accumulation pass the
+    average over the micro-batches. Returns the total (weighted, summed over all L) and its parts {"class",
+    "mask", "dice"}, detached. All in fp32."""
 
     def __init__(self, num_classes, class_weight=2.0, mask_weight=5.0, dice_weight=5.0, no_object=0.1,
                  points=12544, oversample=3.0, importance=0.75):
         super().__init__()
+        assert points >= 1 and int(points) == points and oversample >= 1 >= importance >= 0, "points"
+        assert min(class_weight, mask_weight, dice_weight, no_object) >= 0, "a weight under 0"
         self.num_classes, self.no_object, self.points = num_classes, no_object, points
         self.weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight}
         self.oversample, self.importance = oversample, importance
@@ -535,7 +544,7 @@ class SetLoss(nn.Module):
             embed = full(torch.stack([out["mask_embed"] for out in outputs]))                # (L, B, Q, D)
             features = full(outputs[-1]["features"])                                         # (B, D, h, w)
             truth = [t["masks"].to(features.device, non_blocking=True).to(features.dtype) for t in targets]
-            labels = [t["labels"].to(features.device) for t in targets]
+            labels = [t["labels"].to(features.device, torch.long) for t in targets]
             valid = [t["valid"].to(features)[None] if "valid" in t else None for t in targets]
             query = self.match(logits, embed, features, labels, truth, valid)            # (L, all N), -1 none
             num_masks = num_masks or count(sum(map(len, labels)), features.device)
@@ -555,9 +564,10 @@ class SetLoss(nn.Module):
         cost = [self.costs(logits[:, b], embed[:, b], features[b], labels[b], truth[b], valid[b])
                 for b, n in enumerate(counts) if n]                          # (L, Q, n) each
         counts = [n for n in counts if n]
-        dear = max(widest - Q, 0)                            # queries that do not exist, for targets left out
-        cost = torch.stack([F.pad(c, (0, widest - n, 0, dear), value=1e6) for c, n in zip(cost, counts)])
+        more = max(widest - Q, 0)                            # queries that do not exist, for targets left out
+        cost = torch.stack([F.pad(c, (0, widest - n, 0, more)) for c, n in zip(cost, counts)])
         cost = cost.flatten(0, 1).mT.cpu().numpy()                           # all costs in one transfer
+        cost[:, :, Q:] = 2 * np.abs(cost).max() + 1                          # dearer than any that does
         query = hungarian(cost, np.repeat(counts, L)).reshape(len(counts), L, widest)
         query[query >= Q] = -1
         query = np.concatenate([found[:, :n] for found, n in zip(query, counts)], 1)
@@ -709,8 +719,8 @@ def panoptic(pred, size, isthing, extent=(1.0, 1.0), object_threshold=0.8, overl
 @torch.no_grad()
 def instance(pred, size, isthing=None, extent=(1.0, 1.0), top=100, score_threshold=0.0):
     """-> list of {"mask": (H, W) bool, "class" 0..K-1, "score"}, best first: the `top` (query, class) pairs,
-    those of things only where isthing is given; score = class probability x mean mask probability inside the
-    mask."""
+    of which those of stuff are then dropped where isthing is given, as in the original; score = class
+    probability x mean mask probability inside the mask."""
     classes = full(pred["class_logits"]).softmax(-1)[:, :-1]                 # (Q, K)
     scores, index = classes.flatten().topk(min(top, classes.numel()))
     query, k = index // classes.shape[1], index % classes.shape[1]
@@ -788,15 +798,17 @@ def resized(image, short, scale=1.0):
 def predict(model, image, task=None, short=None, window=None, scales=(1.0,), flip=False, **thresholds):
     """One image -> what `semantic`, `panoptic` or `instance` returns, at the image's own size.
 
-    image: PIL, or (3, H, W) tensor in 0..1. short: its shorter side inside the network (the original: 800
-    COCO, 640 ADE20K; the longer one stays under 4 times that), None = as it is. Semantic only: window slides
-    a square of that many pixels; scales and flip average the class scores of resized and mirrored copies (the
-    paper's m.s.)."""
+    image: PIL, or (3, H, W) tensor, in 0..1 or uint8. short: its shorter side inside the network (the
+    original: 800 COCO, 640 ADE20K; the longer one stays under 4 times that), None = as it is. Semantic only:
+    window slides a square of that many pixels; scales and flip average the class scores of resized and
+    mirrored copies (the paper's m.s.). The model is left in eval mode."""
     model.eval()
     task = task or model.config["task"]
+    if task not in TASKS:
+        raise ValueError(f"task {task}: one of {', '.join(TASKS)} is needed")
     if not torch.is_tensor(image):
-        image = torch.from_numpy(np.array(rgb(image))).permute(2, 0, 1) / 255
-    image = image.to(model.mean)
+        image = torch.from_numpy(np.array(rgb(image))).permute(2, 0, 1)
+    image = image.to(model.mean) / 255 if image.dtype == torch.uint8 else image.to(model.mean)
     if window or flip or tuple(scales) != (1.0,):
         if task != "semantic":
             raise ValueError(f"window, scales and flip average class scores: for semantic, not for {task}")
@@ -843,11 +855,15 @@ def load(path, task=None):
             config = own_config(file, json.loads(metadata["seggen"]))
         else:
             config, tensors = public_config(file, tensors), renamed(tensors)
-        model = Mask2Former(**{**config, "task": task or config.get("task", "panoptic")})
-    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        model = Mask2Former(**{**config, "task": task or config.get("task", "panoptic"), "weights": None})
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError,
+            TypeError, ValueError) as error:
         sys.exit(f"{file}: looked for the settings of a Mask2Former, found some that make none ({error!r}); "
                  f"download or train it again")
     check_keys(file, model.state_dict(), tensors)
+    if bad := [name for name, t in tensors.items() if not torch.isfinite(t).all()]:
+        sys.exit(f"{file}: looked for finite weights, found NaN or infinity in {bad[0]}; download or train "
+                 f"it again")
     model.load_state_dict({k: v.float() for k, v in tensors.items()})
     return model.eval()
 
@@ -878,7 +894,8 @@ def own_config(file, about):
     config = about["config"]
     for key, kind in (("class_names", str), ("isthing", bool)):
         value = config[key]
-        if value is not None and [type(v) for v in value] != [kind] * config["num_classes"]:
+        fits = isinstance(value, list) and [type(v) for v in value] == [kind] * config["num_classes"]
+        if value is not None and not fits:
             raise ValueError(f"{key} {str(value)[:80]} of {config['num_classes']} classes")
     if config["task"] not in TASKS:
         raise ValueError(f"task {config['task']}")
@@ -923,6 +940,11 @@ def public_config(file, tensors):
         sys.exit(f"{place}: model_type is {kind!r}, not 'mask2former'")
     if not isinstance(swin, dict):
         sys.exit(f"{place}: looked for backbone_config, found {swin!r}; download it again")
+    for part, key, wanted in ((public, "pre_norm", False), (public, "activation_function", "relu"),
+                              (swin, "hidden_act", "gelu"), (swin, "layer_norm_eps", 1e-5)):
+        if (found := part.get(key, wanted)) != wanted:
+            sys.exit(f"{place}: looked for {key} {wanted}, that of all official weights, found {found}; give "
+                     f"weights of this network")
     sizes = {value[:2]: name for name, value in SWINS.items()}
     backbone = sizes.get((swin.get("embed_dim", 96), tuple(swin.get("depths", (2, 2, 6, 2)))))
     if backbone is None:
@@ -1091,17 +1113,21 @@ def draw_all(model, files, folder, short=None):
     task, K = model.config["task"], model.config["num_classes"]
     names = model.config["class_names"] or [f"class {k + 1}" for k in range(K)]
     limits = {"instance": {"score_threshold": 0.5}}.get(task, {})
-    for file in files:
+    outs = [os.path.join(folder, os.path.splitext(os.path.basename(file))[0] + ".png") for file in files]
+    for file, out in zip(files, outs):
+        if os.path.realpath(out) in map(os.path.realpath, files) or outs.count(out) > 1:
+            sys.exit(f"{file}: its overlay would be {out}, which is an image given or another's overlay; "
+                     f"choose another --out or name")
+    for file, out in zip(files, outs):
         try:
             with Image.open(file) as image:
-                image = rgb(image)
+                image = rgb(ImageOps.exif_transpose(image))                  # a phone's photo stands upright
         except Exception as error:
             sys.exit(f"{file}: looked for an image, found none ({error}); give PNG or JPEG files")
         if max(image.size) > LONGEST:                    # a camera's 24 megapixels would take over 10 GB
             print(f"{file}: {image.width} x {image.height}, looked at with its longer side at {LONGEST}")
             image.thumbnail((LONGEST, LONGEST))
         found = regions(model, predict(model, image, task, short, **limits), task)
-        out = os.path.join(folder, os.path.splitext(os.path.basename(file))[0] + ".png")
         put(overlay(image, found, names, things=task == "instance"), out)
         print(f"{out}  {len(found)} segments: {', '.join(names[k] for _, k, _ in found)}")
 

@@ -1316,6 +1316,12 @@ def test_coco_bad_input_is_one_line(tmp_path):
     assert "only an image for 8" in error(edit(lambda d: d["images"].append({"id": 8, "file_name": "8.jpg"})))
     assert "only an annotation for 7" in error(edit(lambda d: d["images"][0].update(id=9)))
     assert "categories" in error(edit(lambda d: d.pop("categories")))
+    assert "categories with id" in error(edit(lambda d: d.update(categories=5)))
+    assert "categories with id" in error(edit(lambda d: d["categories"][0].update(name=None)))
+    for part in ("images", "categories", "annotations"):
+        assert f"each of {part} once" in error(edit(lambda d: d[part].append(d[part][0])))
+    assert "each segment once" in error(edit(lambda d: d["annotations"][0]["segments_info"].append(
+        d["annotations"][0]["segments_info"][0])))
     assert "annotations with image_id, file_name" in error(edit(lambda d: d["annotations"][0].pop("file_name")))
     assert "categories with id, name, isthing" in error(edit(lambda d: d["categories"][1].pop("isthing")))
     assert png.split("/")[1] in error(lambda raw: (raw / png).unlink())
@@ -1354,6 +1360,12 @@ def test_export_refuses_what_is_no_pair_folder(tmp_path):
                         (Image.new("L", (9, 9)), "(9, 9)")):
         wrong.save(folder / "masks" / name)
         assert word in call("coco/export.py", folder, "--out", tmp_path / "x", ok=False) and not (tmp_path / "x").exists()
+    (folder / "masks" / name).write_bytes(keep)
+    call("coco/export.py", folder, "--out", tmp_path / "x")
+    before = snapshot(tmp_path / "x")
+    Image.new("RGB", (50, 40)).save(folder / "masks" / name)
+    assert "RGB" in call("coco/export.py", folder, "--out", tmp_path / "x", ok=False)
+    assert snapshot(tmp_path / "x") == before                            # one that failed leaves the earlier one
     (folder / "masks" / name).write_bytes(keep)
     assert "--out" in call("coco/export.py", folder, "--out", raw / "val2017/000000000007.jpg/x", ok=False)
     (folder / "images/000000000007.jpg").rename(folder / "images/8.jpg")
@@ -2025,6 +2037,12 @@ def test_eval_only_on_another_folder(tmp_path):
     done = command("--data", data, "--eval-only", "--out", tmp_path / "o", "--eval-pairs", data / "val", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "mIoU is 1.000 of val's" in done.stdout
+    flags = ["--data", data, "--eval-only", "--out", tmp_path / "o", "--splits", "val", "--predictions", tmp_path / "p"]
+    assert command(*flags, cwd=tmp_path).returncode == 0
+    before = bytes_of(tmp_path / "p")
+    for more, words in (((), "p/val: is there already"), (("--eval-pairs", data / "val"), "sets of different names")):
+        done = command(*flags, *more, cwd=tmp_path)
+        assert done.returncode != 0 and words in done.stderr and bytes_of(tmp_path / "p") == before, done.stderr
 
 
 # --------------------------------------------------------------------------------------------------- bad input
@@ -2096,7 +2114,9 @@ def test_bad_commands_end_in_one_line(tmp_path):
     ("--arms real", "--arms: looked for --compare"), ("--protocol x", "--protocol: looked for --compare"),
     ("--compare --seed 1", "--seed: says nothing beside --compare"),
     ("--pretrain --p-synth 0.5", "--p-synth: says nothing beside --pretrain"),
-    ("--eval-only --new-head", "--new-head: says nothing beside --eval-only"),
+    ("--eval-only --init x --new-head", "--new-head: says nothing beside --eval-only"),
+    ("--new-head", "--new-head: looked for --init"), ("--init x --preset swin_t", "--preset: says nothing beside --init"),
+    ("--eval-only --steps 7", "--steps: says nothing beside --eval-only"),
     ("--predictions x", "--predictions: looked for --eval-only"),
     ("--compare --protocol ../x", "looked for a name, found a path")])
 def test_flags_that_would_do_nothing_are_told(given, words):
@@ -2230,6 +2250,8 @@ def test_hungarian_refuses_nan():
     for bad in (np.nan, np.inf, -np.inf):
         with pytest.raises(ValueError, match="finite"):
             m2f.hungarian(np.array([[[1.0, bad]]]))
+    with pytest.raises(ValueError, match="3 rows for 2 columns"):
+        m2f.hungarian(np.zeros((1, 3, 2)))
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
@@ -2371,6 +2393,18 @@ def test_of_too_many_targets_the_costliest_are_left_out(monkeypatch):
     assert cost[query[kept], kept].sum() == pytest.approx(best, rel=1e-5)
     _, alone = model.loss(outputs, [{k: v[kept] for k, v in truth.items()}], num_masks=9)
     assert all(both[k] > 0 and torch.allclose(both[k], alone[k]) for k in both)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6])
+def test_an_image_with_few_targets_keeps_them_beside_one_with_too_many(scale):
+    torch.manual_seed(0)
+    model = m2f.Mask2Former(3, **dict(TOY, queries=2))
+    L, embed = 4, scale * torch.randn(4, 2, 2, 64)
+    masks = [torch.rand(n, 16, 16) > 0.5 for n in (3, 1)]
+    query = model.loss.match(torch.randn(L, 2, 2, 4), embed, torch.randn(2, 64, 16, 16),
+                             [torch.zeros(n, dtype=torch.long) for n in (3, 1)], [m.float() for m in masks], [None] * 2)
+    assert query.shape == (L, 4) and (query[:, 3] >= 0).all()
+    assert all(sorted(row.tolist()) == [-1, 0, 1] for row in query[:, :3])
 
 
 def test_valid_leaves_void_out_of_the_mask_losses():
@@ -2590,7 +2624,7 @@ def test_bad_weights_end_in_one_line(tmp_path):
     save_file(tensors, tmp_path / "newer.safetensors", about(format="seggen-9"))
     save_file(tensors, tmp_path / "argument.safetensors", about(config=dict(model.config, colour="red")))
     save_file(tensors, tmp_path / "garbled.safetensors", {"seggen": "{"})
-    for key, value in dict(class_names=["a", "b"], isthing=[1, 0, 1], task="dance").items():
+    for key, value in dict(class_names=["a", "b"], isthing=[1, 0, 1], task="dance", points=0, heads=0).items():
         save_file(tensors, tmp_path / f"{key}.safetensors", about(config={**model.config, key: value}))
     ours = {"model_type": "mask2former"}
     for name, about_it in (("bare", None), ("family", {"model_type": "maskformer"}), ("bodiless", ours), ("listed", []),
@@ -2606,7 +2640,7 @@ def test_bad_weights_end_in_one_line(tmp_path):
                         "headless": "class_predictor", "newer.safetensors": "found seggen-9", "cut": "config.json: looked for",
                         "argument.safetensors": "colour", "garbled.safetensors": "that make none", "odd": "that make none",
                         "class_names.safetensors": "class_names", "isthing.safetensors": "isthing",
-                        "task.safetensors": "dance", "bodiless": "looked for backbone_config", "listed": "config.json: looked for"}.items():
+                        "task.safetensors": "dance", "points.safetensors": "points", "heads.safetensors": "size under 1", "bodiless": "looked for backbone_config", "listed": "config.json: looked for"}.items():
         with pytest.raises(SystemExit, match=words) as error:
             m2f.load(tmp_path / name)
         assert "\n" not in str(error.value)
@@ -2772,8 +2806,11 @@ def test_command_line_draws_overlays(tmp_path):
     assert done.returncode == 0 and "3000 x 20" in done.stdout and Image.open(tmp_path / "out/wide.png").size == (2048, 14)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG no")
     for wrong, words in (([str(tmp_path / "broken.png")], "broken.png"), (["--device", "foo"], "foo: looked for cpu, cuda"),
-                         ([images[0], "--out", images[1]], "another --out")):
+                         ([images[0], "--out", images[1]], "another --out"),
+                         ([images[0], "--out", str(tmp_path)], "its overlay would be")):
+        before = Path(images[0]).read_bytes()
         done = subprocess.run(script + wrong, capture_output=True, text=True)
+        assert Path(images[0]).read_bytes() == before
         assert done.returncode != 0 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 

@@ -1008,7 +1008,8 @@ def flags():
     add("--recipe", choices=tuple(RECIPES), default="tiny", help="augmentation, schedule and the defaults "
                                                                  "below")
     add("--preset", choices=tuple(PRESETS), help="network (default: the recipe's)")
-    add("--size", type=side, help="training crop, 512 or 240x192 (width x height; default: the recipe's)")
+    add("--size", type=side, help="training crop, 512 or 240x192 (width x height; default: the recipe's); but "
+        "for coco, images are evaluated with its shorter side")
     add("--steps", type=positive(int), help="optimiser steps (default: the recipe's)")
     add("--batch", type=positive(int), help="images a micro-batch and rank (default: the recipe's, shared by "
                                             "ranks and micro-batches)")
@@ -1092,7 +1093,7 @@ def check_flags(args):
     default = flags().get_default
     given = {flag for flag in vars(args) if getattr(args, flag) != default(flag)}
     beside = [(flag, "compare") for flag in ("seeds", "arms", "oracle", "protocol")]
-    beside += [(flag, "eval_only") for flag in ("predictions", "multi_scale")]
+    beside += [(flag, "eval_only") for flag in ("predictions", "multi_scale")] + [("new_head", "init")]
     for flag, other in beside:
         if flag in given and other not in given:
             raise BadInput(f"--{dashed(flag)}: looked for --{dashed(other)} beside it, found none; give both")
@@ -1100,6 +1101,11 @@ def check_flags(args):
                         ("multi_scale", "predictions")):
         if flag in given and other in given:
             raise BadInput(f"--{dashed(flag)}: says nothing beside --{dashed(other)}, found both; give one")
+    for flag in ("steps", "lr", "accumulate", "pretrain", "workers", "compile", "preset"):
+        if args.eval_only and flag in given:
+            raise BadInput(f"--{dashed(flag)}: says nothing beside --eval-only, found both; give one")
+    if args.init and "preset" in given:
+        raise BadInput("--preset: says nothing beside --init, whose network is kept; give one")
     if Path(args.protocol).name != args.protocol:
         raise BadInput(f"--protocol {args.protocol}: looked for a name, found a path; the folder is --out's")
     if args.multi_scale and args.task != "semantic":
@@ -1130,14 +1136,22 @@ def go(args):
     check_task(args, [real, *evals.values(), *pairs])
     cfg = settings(args, real, pairs, world)
     if args.eval_only:
+        kept = {key: args.predictions and args.predictions / part.root.name for key, part in evals.items()}
+        if args.predictions and len(set(kept.values())) < len(kept):
+            raise BadInput(f"--predictions: looked for sets of different names, found {', '.join(kept)}; "
+                           f"give fewer of them")
+        if there := [folder for folder in kept.values() if folder and folder.exists()]:
+            raise BadInput(f"{there[0]}: is there already; give another --predictions or delete it")
+        if world > 1:
+            dist.barrier()                                            # all have looked before one writes
         model = build(cfg, real.classes, weights_of(args, out)).to(device)
         scores = {key: evaluate(model, part, cfg, device, rank, world, multi_scale=args.multi_scale,
-                                folder=args.predictions and args.predictions / part.root.name)
+                                folder=kept[key])
                   for key, part in evals.items()}
     else:
         if rank == 0:
             parts = [f"{len(p)} pairs of {p.root}" for p in (real, *pairs)]
-            print(f"{out}: {', '.join(parts)}; p {args.p_synth}", flush=True)
+            print(f"{out}: {', '.join(parts)}{f'; p {args.p_synth}' if pairs else ''}", flush=True)
         model, scores = run(cfg, real, pairs, evals, out, args)
     if rank == 0:
         tell(scores, args, cfg, out)

@@ -332,7 +332,7 @@ def main():
         done = pool.imap_unordered(partial(pair, classes=classes, shorter=args.size), jobs, chunksize=8)
         errors = sorted(sum(tqdm(done, "ade20k", len(jobs), unit=" pairs"), []))
     if errors:
-        sys.exit(f"{errors[0]} ({len(errors)} of {len(jobs)} pairs could not be made; the folder has no"
+        sys.exit(f"{errors[0]} ({len(errors)} of {len(jobs)} pairs could not be made; a new folder has no"
                  " classes.json before all are)")
     try:
         for write in finish:

@@ -14,9 +14,12 @@ Run:     python data/coco/export.py data/coco/val
 """
 
 import argparse
+import glob
 import json
 import os
+import shutil
 import sys
+import tempfile
 from functools import partial
 from multiprocessing import Pool
 
@@ -29,15 +32,19 @@ CROWD = 255
 
 
 def read(path):
-    """An 8-bit picture of ids -> (H, W) uint8; ValueError in one line where it is something else."""
+    """A picture of ids -> (H, W) uint8; ValueError in one line where it is something else."""
     try:
         with Image.open(path) as image:
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: a whole picture was looked for, found none ({error}); make it again")
-    if image.mode not in ("L", "P"):
-        raise ValueError(f"{path}: one channel of ids was looked for, found {image.mode} colours; save ids")
-    return np.asarray(image)
+    if image.mode not in ("L", "P", "1", "I", "I;16"):
+        raise ValueError(f"{path}: ids (a palette or grey PNG) were looked for, found {image.mode}; save ids")
+    ids = np.array(image).astype(np.int64)
+    if ids.min(initial=0) < 0 or ids.max(initial=0) > 255:
+        raise ValueError(f"{path}: ids of 0 to 255 were looked for, found {ids.min()} to {ids.max()}; save"
+                         " ids")
+    return ids.astype(np.uint8)
 
 
 def segments(ids, instances, classes):
@@ -85,16 +92,12 @@ def export(name, folder, out, classes):
                              f" {ids.max()}; make the mask again or complete classes.json")
         codes, info = segments(ids, instances, classes)
         colours = np.stack([codes % 256, codes // 256, np.zeros_like(codes)], -1)   # R + 256 G + 65536 B
-        Image.fromarray(colours.astype(np.uint8)).save(path + ".part", format="PNG")
-        os.replace(path + ".part", path)
+        Image.fromarray(colours.astype(np.uint8)).save(path, format="PNG")
         return ids.shape[::-1], info, list(regions(codes, info, classes))
     except ValueError as error:
         return str(error)
     except OSError as error:
         return f"{path}: cannot be written ({error}); free the disk or choose another --out"
-    finally:
-        if os.path.lexists(path + ".part"):
-            os.remove(path + ".part")
 
 
 def files(folder):
@@ -143,25 +146,8 @@ def scored(folder, names):
 
 
 def write_json(data, path):
-    try:
-        with open(path + ".part", "w", encoding="utf-8") as file:
-            json.dump(data, file)
-        os.replace(path + ".part", path)
-    finally:
-        if os.path.lexists(path + ".part"):
-            os.remove(path + ".part")
-
-
-def clear(out, names):
-    """Takes back an export that failed: PNGs without the JSON mean nothing."""
-    files = [name + ".json" for name in ("panoptic", "instances", "results")]
-    files += [os.path.join("panoptic", name + ".png") for name in names]
-    for path in (os.path.join(out, file) for file in files):
-        if os.path.exists(path):
-            os.remove(path)
-    for folder in (os.path.join(out, "panoptic"), out):
-        if not os.listdir(folder):
-            os.rmdir(folder)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(data, file)
 
 
 def write_all(out, classes, names, found, said):
@@ -201,20 +187,26 @@ def main():
     said = scored(args.folder, names)
     try:
         os.makedirs(os.path.join(out, "panoptic"), exist_ok=True)
+        for left in glob.glob(os.path.join(glob.escape(out), ".export*.part")):      # of a killed run
+            shutil.rmtree(left)
+        with tempfile.TemporaryDirectory(prefix=".export", suffix=".part", dir=out) as beside:
+            os.mkdir(os.path.join(beside, "panoptic"))
+            with Pool() as pool:
+                work = partial(export, folder=args.folder, out=beside, classes=classes)
+                found = list(tqdm(pool.imap(work, names, chunksize=8), "export", len(names), unit=" images"))
+            errors = [one for one in found if isinstance(one, str)]
+            if errors:
+                sys.exit(f"{errors[0]} ({len(errors)} of {len(names)} images failed; nothing was exported)")
+            segment_count, thing_count = write_all(beside, classes, names, found, said)
+            for path in sorted(glob.glob(f"{glob.escape(beside)}/**/*.*", recursive=True)):
+                os.replace(path, os.path.join(out, os.path.relpath(path, beside)))
     except OSError as error:
-        sys.exit(f"{out}: a folder to write in was looked for, found none ({error}); choose another --out")
-    with Pool() as pool:
-        work = partial(export, folder=args.folder, out=out, classes=classes)
-        found = list(tqdm(pool.imap(work, names, chunksize=8), "export", len(names), unit=" images"))
-    errors = [one for one in found if isinstance(one, str)]
-    if errors:
-        clear(out, names)
-        sys.exit(f"{errors[0]} ({len(errors)} of {len(names)} images failed; nothing is left of the export)")
-    try:
-        segment_count, thing_count = write_all(out, classes, names, found, said)
-    except OSError as error:
-        clear(out, names)
-        sys.exit(f"{out}: cannot be written ({error}); free the disk or choose another --out")
+        sys.exit(f"{out}: a folder with room was looked for, found none ({error}); free the disk or choose"
+                 " another --out")
+    finally:
+        for folder in (os.path.join(out, "panoptic"), out):
+            if os.path.isdir(folder) and not os.listdir(folder):
+                os.rmdir(folder)
     print(f"{out}: {len(names)} images, {segment_count} segments, {thing_count} of them things")
 
 

@@ -77,6 +77,9 @@ def views(colours, segments, class_of, path):
     segments: COCO's segments_info, {"id", "category_id", "iscrowd"} each; class_of: category id -> (class id,
     isthing). Every pixel of a segment gets its class. Stuff has instance 0, a thing 1 to 254, a crowd 255.
     """
+    if len({segment["id"] for segment in segments}) < len(segments):
+        raise ValueError(f"{path}: each segment once was looked for in its JSON, found an id twice; take both"
+                         " from the same release")
     ids = colours.astype(np.int32) @ np.array([1, 256, 256 ** 2], np.int32)
     found, where, areas = np.unique(ids, return_inverse=True, return_counts=True)
     info = {segment["id"]: segment for segment in segments}
@@ -288,12 +291,17 @@ def raw_split(root, path, captions):
     if not {"images", "annotations", "categories"} <= set(keys):
         sys.exit(f"{path}: images, annotations and categories were looked for, found {keys}; take the"
                  " panoptic annotations of COCO")
-    for part, fields in (("images", ("id", "file_name")), ("categories", ("id", "name", "isthing")),
-                         ("annotations", ("image_id", "file_name", "segments_info"))):
-        if not all(isinstance(one, dict) and set(fields) <= one.keys() and isinstance(one[fields[0]], int)
-                   for one in data[part]):
+    for part, fields in (("images", {"id": int, "file_name": str}),
+                         ("categories", {"id": int, "name": str, "isthing": int}),
+                         ("annotations", {"image_id": int, "file_name": str, "segments_info": list})):
+        if not isinstance(data[part], list) or not all(
+                isinstance(one, dict) and all(isinstance(one.get(key), kind) for key, kind in fields.items())
+                for one in data[part]):
             sys.exit(f"{path}: {part} with {', '.join(fields)} were looked for, found others; take the"
                      " panoptic annotations of COCO")
+        twice = [i for i, n in Counter(one[next(iter(fields))] for one in data[part]).items() if n > 1]
+        if twice:
+            sys.exit(f"{path}: each of {part} once was looked for, found {twice[0]} twice; unpack it again")
     pngs = folder_of(path[:-len(".json")], os.path.join(root, f"panoptic_{year}"))
     photos = folder_of(os.path.join(root, year), os.path.join(root, "images", year))
     names = {image["id"]: image["file_name"] for image in data["images"]}
@@ -365,7 +373,7 @@ def main():
         done = pool.imap_unordered(partial(pair, classes=classes, shorter=args.size), jobs, chunksize=8)
         errors = sorted(sum(tqdm(done, "coco", len(jobs), unit=" pairs"), []))
     if errors:
-        sys.exit(f"{errors[0]} ({len(errors)} of {len(jobs)} pairs could not be made; the folder has no"
+        sys.exit(f"{errors[0]} ({len(errors)} of {len(jobs)} pairs could not be made; a new folder has no"
                  " classes.json before all are)")
     try:
         for write in finish:
