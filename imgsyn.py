@@ -54,7 +54,7 @@ def main():
         seeds = [seed_of(args.seed, *job, "image") for job in jobs]
         images = printer.sample(np.stack(drawn), captions, seeds, args.steps, args.guidance, args.sampler)
         return [(caption, m[1], m[0], image) for caption, m, image in zip(captions, masks, images)]
-    synthesize(args, "imgsyn", folder, sources, make, classes, about(args, mask2img=path))
+    synthesize(args, "imgsyn", folder, sources, make, classes, about(args, folder, mask2img=path))
 
 
 if __name__ == "__main__":

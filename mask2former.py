@@ -1098,8 +1098,8 @@ def main():
     files = args.images or sorted(glob.glob(os.path.join(here, "data/shapes/val/images/*")))[:8]
     if not files:
         sys.exit("no images: give image files (or run `python data/shapes/prepare.py` for the built-in ones)")
-    if args.size is not None and args.size < 1:
-        sys.exit(f"--size {args.size}: must be 1 or more")
+    if args.size is not None and not 1 <= args.size <= 8192:
+        sys.exit(f"--size {args.size}: looked for a number from 1 to 8192; give one")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         sys.exit(f"--device {args.device}: looked for cpu, cuda or cuda:N")
     if args.device != "cpu" and int(args.device[5:] or 0) >= torch.cuda.device_count():

@@ -15,6 +15,7 @@ Needs: unet.py, diffusion.py, text2mask.py, mask2img.py.
 Dimension key: B batch, H W pixels, K classes.
 """
 import argparse
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -100,10 +101,14 @@ def contact_sheet(out, classes, count=24, columns=8):
         legend(grid(rows, scale), np.concatenate([m.ravel() for m in masks]), classes).save(path)
 
 
-def about(args, **checkpoints):
-    """What makes pairs what they are, for meta.json: the settings, and which weights were read."""
+def about(args, folder, **checkpoints):
+    """What makes pairs what they are, for meta.json: the settings, the masks and captions of the source
+    folder by name and size, and which weights were read."""
+    files = [p for part in ("masks", "captions") for p in sorted((folder / part).glob("[!.]*"))]
+    text = repr([(p.parent.name, p.name, p.stat().st_size) for p in files])
     other = ("out", "limit", "per", "device")                            # more of the same, or elsewhere
     kept = {key: str(value) for key, value in vars(args).items() if key not in other}
+    kept["source"] = f"{len(files)} files {hashlib.sha256(text.encode()).hexdigest()[:12]}"
     return kept | {f"{name}_weights": diffusion.identity(path) for name, path in checkpoints.items()}
 
 
@@ -196,7 +201,7 @@ def main():
         images = printer.sample(np.stack(drawn), captions, seeds[1], args.steps, args.guidance, args.sampler)
         return [(caption, instances if has_instances else None, ids, image)
                 for caption, (ids, instances), image in zip(captions, masks, images)]
-    meta = about(args, text2mask=paths[0], mask2img=paths[1])
+    meta = about(args, folder, text2mask=paths[0], mask2img=paths[1])
     synthesize(args, "masksyn", folder, sources, make, classes, meta)
 
 

@@ -564,6 +564,18 @@ def test_synthetic_folders_are_pair_folders_of_their_own(shapes, tmp_path, monke
         assert (out / "classes.json").read_bytes() == (world / "train" / "classes.json").read_bytes()
         assert len(T.Pairs(out)) == 2
         assert all(p.read_text().startswith("a picture of ") for p in (out / "captions").iterdir())
+    (world / "train/captions").mkdir()
+    (world / "train/captions/00000.txt").write_text("a line that was not there\n")
+    with pytest.raises(SystemExit, match="other settings"):                          # the data changed
+        run(monkeypatch, masksyn, "--data", world, *flags, "--out", tmp_path / "masksyn")
+    shutil.rmtree(world / "train/captions")
+    run(monkeypatch, masksyn, "--data", world, *flags, "--out", tmp_path / "masksyn")
+    (world / ".train.unfinished").write_text("")
+    with pytest.raises(SystemExit, match="found a half-made one"):
+        run(monkeypatch, masksyn, "--data", world, *flags, "--out", tmp_path / "half")
+    with pytest.raises(T.BadInput, match="found a half-made one"):
+        T.Pairs(world / "train")
+    (world / ".train.unfinished").unlink()
     before = bytes_of(world)
     with pytest.raises(SystemExit, match="without a meta.json"):
         run(monkeypatch, masksyn, "--data", world, *flags, "--out", world / "train")

@@ -213,8 +213,14 @@ def read_classes(folder):
 def names_of(folder, masks=True):
     """Sorted [(image path, name)] of a pair folder; every image must have its mask, every mask its image."""
     folder = Path(folder)
-    images = {p.stem: p for p in sorted((folder / "images").glob("[!.]*"))
-              if p.suffix.lower() in (".png", ".jpg", ".jpeg")}
+    if (folder.parent / f".{folder.name}.unfinished").exists():
+        sys.exit(f"{folder}: looked for a whole set, found a half-made one; run again what makes it")
+    paths = [p for p in sorted((folder / "images").glob("[!.]*"))
+             if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    images = {p.stem: p for p in paths}
+    if twice := [p for p in paths if images[p.stem] != p]:
+        sys.exit(f"{folder}: looked for one image of a name, found {twice[0].name} and "
+                 f"{images[twice[0].stem].name}; remove one")
     if not images:
         sys.exit(f"{folder / 'images'}: looked for .png or .jpg images, found none; prepare the data set "
                  "first")
@@ -222,7 +228,7 @@ def names_of(folder, masks=True):
         have = {p.stem for p in (folder / "masks").glob("[!.]*.png")}
         alone = sorted(set(images) ^ have)
         if alone:
-            what = "an image without a mask" if alone[0] in images else "a mask without an image"
+            what = "an image without a mask" if alone[0] in images else "a mask without an image (.png or .jpg)"
             sys.exit(f"{folder}: {len(alone)} of {len(images)} images and {len(have)} masks have no partner; "
                      f"{alone[0]} is {what}; add it or remove its partner")
     return [(images[name], name) for name in sorted(images)]
@@ -617,8 +623,8 @@ def parse_size(text):
         w, h = (int(n) for n in (text.split("x") if "x" in text else (text, text)))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text}: 64 or 96x72 (width x height) is needed")
-    if min(w, h) < 8 or w % 8 or h % 8:
-        raise argparse.ArgumentTypeError(f"{text}: both sides must be multiples of 8")
+    if not 8 <= min(w, h) <= max(w, h) <= 8192 or w % 8 or h % 8:
+        raise argparse.ArgumentTypeError(f"{text}: both sides must be multiples of 8, up to 8192")
     return h, w
 
 

@@ -95,7 +95,12 @@ def read_classes(root):
 def stems(folder):
     """{stem: path} of a folder's pictures, in the order of names; hidden and unfinished files left out."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {f.stem: f for f in files if f.suffix.lower() in (".png", ".jpg", ".jpeg") and f.name[0] != "."}
+    files = [f for f in files if f.suffix.lower() in (".png", ".jpg", ".jpeg") and f.name[0] != "."]
+    found = {f.stem: f for f in files}
+    if twice := [f for f in files if found[f.stem] != f]:
+        raise BadInput(f"{folder}: looked for one picture of a name, found {twice[0].name} and "
+                       f"{found[twice[0].stem].name}; remove one")
+    return found
 
 
 class Pairs:
@@ -112,6 +117,9 @@ class Pairs:
         if not self.root.is_dir():
             raise BadInput(f"{self.root}: looked for a pair folder, found no such folder; prepare or sample "
                            f"it first")
+        if (self.root.parent / f".{self.root.name}.unfinished").exists():
+            raise BadInput(f"{self.root}: looked for a whole set, found a half-made one; run again what "
+                           f"makes it")
         self.classes = read_classes(self.root)
         if like is not None:
             same_classes(self.classes, like.classes, self.root, like.root)
@@ -939,8 +947,8 @@ def made(folder, *command, pairs=0):
 def side(text):
     """"512" or "240x192" (width x height) -> [H, W]."""
     parts = [positive(int)(n) for n in text.split("x")]
-    if len(parts) > 2:
-        raise argparse.ArgumentTypeError(f"{text}: 512 or 240x192 (width x height) is needed")
+    if len(parts) > 2 or max(parts) > 8192:
+        raise argparse.ArgumentTypeError(f"{text}: 512 or 240x192 (width x height) is needed, up to 8192")
     return [parts[-1], parts[0]]
 
 
@@ -1008,8 +1016,8 @@ def flags():
     add("--recipe", choices=tuple(RECIPES), default="tiny", help="augmentation, schedule and the defaults "
                                                                  "below")
     add("--preset", choices=tuple(PRESETS), help="network (default: the recipe's)")
-    add("--size", type=side, help="training crop, 512 or 240x192 (width x height; default: the recipe's); but "
-        "for coco, images are evaluated with its shorter side")
+    add("--size", type=side, help="training crop, 512 or 240x192 (width x height; default: the recipe's); "
+        "but for coco, images are evaluated with its shorter side")
     add("--steps", type=positive(int), help="optimiser steps (default: the recipe's)")
     add("--batch", type=positive(int), help="images a micro-batch and rank (default: the recipe's, shared by "
                                             "ranks and micro-batches)")
