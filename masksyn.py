@@ -15,7 +15,6 @@ Needs: unet.py, diffusion.py, text2mask.py, mask2img.py.
 Dimension key: B batch, H W pixels, K classes.
 """
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -28,8 +27,8 @@ from tqdm import tqdm
 import diffusion
 from diffusion import SAMPLERS, positive, replacing, seed_of, within
 from mask2img import Mask2Img
-from text2mask import (ROOT, Text2Mask, check_classes, dataset_folder, encode, evenly, grid, legend, name_of,
-                       names_of, outlined, read_captions, read_classes, segments, write_mask)
+from text2mask import (ROOT, Text2Mask, check_classes, dataset_folder, digest, encode, evenly, grid, legend,
+                       name_of, names_of, outlined, read_captions, read_classes, segments, write_mask)
 
 
 def work(sources, per, batch, rank, world):
@@ -105,10 +104,9 @@ def about(args, folder, **checkpoints):
     """What makes pairs what they are, for meta.json: the settings, the masks and captions of the source
     folder by name and size, and which weights were read."""
     files = [p for part in ("masks", "captions") for p in sorted((folder / part).glob("[!.]*"))]
-    text = repr([(p.parent.name, p.name, p.stat().st_size) for p in files])
     other = ("out", "limit", "per", "device")                            # more of the same, or elsewhere
     kept = {key: str(value) for key, value in vars(args).items() if key not in other}
-    kept["source"] = f"{len(files)} files {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    kept["source"] = f"{len(files)} files {digest(files)}"
     return kept | {f"{name}_weights": diffusion.identity(path) for name, path in checkpoints.items()}
 
 

@@ -228,7 +228,8 @@ def names_of(folder, masks=True):
         have = {p.stem for p in (folder / "masks").glob("[!.]*.png")}
         alone = sorted(set(images) ^ have)
         if alone:
-            what = "an image without a mask" if alone[0] in images else "a mask without an image (.png or .jpg)"
+            lone = alone[0] in images
+            what = "an image without a mask" if lone else "a mask without an image (.png or .jpg)"
             sys.exit(f"{folder}: {len(alone)} of {len(images)} images and {len(have)} masks have no partner; "
                      f"{alone[0]} is {what}; add it or remove its partner")
     return [(images[name], name) for name in sorted(images)]
@@ -293,6 +294,12 @@ def announce(text):
     print(text)
 
 
+def digest(files):
+    """Paths -> a hash of their names and sizes: 12 hex digits."""
+    text = repr([(path.name, path.stat().st_size) for path in files])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 class Pairs(torch.utils.data.Dataset):
     """A pair folder for the generators. Item (index, seed) -> dict of tensors:
 
@@ -316,8 +323,7 @@ class Pairs(torch.utils.data.Dataset):
         """A short text that changes when pairs are added, removed or made again."""
         files = [path for path, _ in self.names]
         files += [self.folder / "masks" / f"{name}.png" for _, name in self.names if self.masks]
-        text = repr([(path.name, path.stat().st_size) for path in files])
-        return f"{len(self)} pairs {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        return f"{len(self)} pairs {digest(files)}"
 
     def __getitem__(self, key):
         index, seed = key

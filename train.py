@@ -1105,15 +1105,11 @@ def check_flags(args):
     for flag, other in beside:
         if flag in given and other not in given:
             raise BadInput(f"--{dashed(flag)}: looked for --{dashed(other)} beside it, found none; give both")
-    for flag, other in (("seed", "compare"), ("new_head", "eval_only"), ("p_synth", "pretrain"),
-                        ("multi_scale", "predictions")):
+    apart = [("seed", "compare"), ("p_synth", "pretrain"), ("multi_scale", "predictions"), ("preset", "init")]
+    training = "new_head", "steps", "lr", "accumulate", "pretrain", "workers", "compile", "preset"
+    for flag, other in [(flag, "eval_only") for flag in training] + apart:
         if flag in given and other in given:
             raise BadInput(f"--{dashed(flag)}: says nothing beside --{dashed(other)}, found both; give one")
-    for flag in ("steps", "lr", "accumulate", "pretrain", "workers", "compile", "preset"):
-        if args.eval_only and flag in given:
-            raise BadInput(f"--{dashed(flag)}: says nothing beside --eval-only, found both; give one")
-    if args.init and "preset" in given:
-        raise BadInput("--preset: says nothing beside --init, whose network is kept; give one")
     if Path(args.protocol).name != args.protocol:
         raise BadInput(f"--protocol {args.protocol}: looked for a name, found a path; the folder is --out's")
     if args.multi_scale and args.task != "semantic":

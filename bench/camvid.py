@@ -88,12 +88,12 @@ def contender(name, cfg, real, out, device, workers=0):
     return lambda pairs: score_unet(net, pairs, device)
 
 
-def seconds_a_step(name, cfg, real, device, steps=10):
+def seconds_a_step(name, cfg, real, device, workers, steps=10):
     took = []
     for n in (2, 2 + steps):                                            # the difference leaves set-up out
         with tempfile.TemporaryDirectory() as out:
             start = time.perf_counter()
-            contender(name, dict(cfg, steps=n), real, Path(out), device)
+            contender(name, dict(cfg, steps=n), real, Path(out), device, workers)
             took.append(time.perf_counter() - start)
     return (took[1] - took[0]) / steps
 
@@ -117,7 +117,7 @@ def main():
         cfg = T.settings(T.flags().parse_args(["--seed", str(args.seed)]), real, [], 1)
         device = T.start(args.device)[0]
         for name in [args.only] if args.only else ["tiny", "unet"]:
-            pace = None if args.steps else seconds_a_step(name, cfg, real, device)
+            pace = None if args.steps else seconds_a_step(name, cfg, real, device, args.workers)
             own = dict(cfg, steps=args.steps or max(1, round(args.minutes * 60 / pace)))
             score = contender(name, own, real, args.out / name, device, args.workers)
             found = {split: score(pairs) for split, pairs in tests.items()}
