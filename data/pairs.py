@@ -1,0 +1,688 @@
+"""The pair folder: the one format in which images with masks lie on disk, real and synthetic alike.
+
+    data/coco/train/
+      classes.json                 [{"name": "person", "isthing": true}, ...]; class id = position + 1
+      images/000000000009.jpg      or .jpeg, .png
+      masks/000000000009.png       palette PNG, same size: pixel = class id, 0 = unlabelled
+      instances/000000000009.png   only where the data has instances: 0 none, 1..254 an instance, 255 a crowd
+      captions/000000000009.txt    one caption a line; without one, class names stand in for it
+
+All that reads, checks or writes it stands here: the stages, the prepare scripts and the benchmarks use it.
+A folder is checked when it is opened (names, partners, classes.json) and a file when it is read (mode, size,
+ids). Below that stands what every script shares: the atomic write, pictures to look at, types of flags, and
+`run`, which ends a script in one line where its user made a mistake.
+
+Paper:  SegGen (2311.03355). The palette is measured in the authors' published pictures: ADE20K's wall is
+        (0, 0, 51), building (0, 0, 102), ceiling (51, 0, 0); COCO's edge has the code 134.
+Reads:  data/NAME/{train,val,...} or any folder of that layout.   Writes: pair folders, pictures.
+Needs:  no sibling file; numpy and Pillow.
+
+    from data.pairs import PairFolder
+    pairs = PairFolder("data/shapes/train")
+    pairs.read(0)["ids"]           # (H, W) uint8 class ids of the first pair
+
+Dimension key: H W pixels, K classes.
+"""
+import argparse
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import Pool
+from multiprocessing.sharedctypes import RawArray
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+ROOT = Path(__file__).resolve().parent.parent        # the project
+MAX_CLASSES = 214                                    # 6 x 6 x 6 colours, less void and edge
+CROWD = 255                                          # the instance number of a crowd region
+KEEP_BYTES = 2e9                                     # sets up to this size stay in memory, decoded
+CHANNELS = {"image": 3, "ids": 1, "instances": 1}    # what a pair consists of
+FONT = ImageFont.load_default(12)
+
+
+# ---- colours -----------------------------------------------------------------------------------------------
+
+def palette(K):
+    """The colours of K classes: (K + 2, 3) uint8 for the codes 0 void, 1..K classes, K + 1 edge.
+
+    A code is written in base b, the smallest with b^3 >= K + 2, and its three digits become green, red and
+    blue. Raises ValueError for more than 214 classes. Paper [D].
+    """
+    if not 1 <= K <= MAX_CLASSES:
+        raise ValueError(f"{K} classes: the palette has colours for 1 to {MAX_CLASSES}. Merge or remove some")
+    base = next(b for b in range(2, 7) if b ** 3 >= K + 2)
+    step = round(255 / (base - 1))
+    code = np.arange(K + 2)
+    green, red, blue = code // base ** 2, code // base % base, code % base
+    return np.minimum(step * np.stack([red, green, blue], 1), 255).astype(np.uint8)
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+def read_json(path):
+    """The content of a JSON file. Raises ValueError with the path where it is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file ({error}). Repair it or make it again")
+
+
+def read_classes(folder):
+    """FOLDER/classes.json -> [{"name": str, "isthing": bool, ...}], a list of 1 to 214 classes."""
+    path = Path(folder) / "classes.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file. Write it, or run the data set's prepare.py to its end")
+    classes = read_json(path)
+    right = isinstance(classes, list) and all(
+        isinstance(c, dict) and isinstance(c.get("name"), str) and isinstance(c.get("isthing", False), bool)
+        for c in classes)
+    if not right:
+        raise ValueError(f'{path}: not a list of {{"name": "sky", "isthing": false}}. Write an entry a class')
+    if not 1 <= len(classes) <= MAX_CLASSES:
+        raise ValueError(f"{path}: {len(classes)} classes; 1 to {MAX_CLASSES} are possible. Merge some")
+    return [c | {"isthing": c.get("isthing", False)} for c in classes]
+
+
+def check_classes(found, expected, where):
+    """Raises ValueError unless two lists of classes have the same names in the same order."""
+    names, wanted = ([c["name"] for c in classes] for classes in (found, expected))
+    for k, (name, other) in enumerate(itertools.zip_longest(names, wanted, fillvalue="missing"), 1):
+        if name != other:
+            raise ValueError(f"{where}: class {k} is {name}, where {other} was expected ({len(names)} "
+                             f"classes instead of {len(wanted)}). Use data and weights of the same classes")
+
+
+def list_files(folder, endings):
+    """{name without ending: path} of a folder's files with one of these endings, sorted, none hidden."""
+    paths = [path for path in Path(folder).glob("[!.]*") if path.suffix.lower() in endings]
+    files = {}
+    for path in sorted(paths, key=lambda path: (path.stem, path.suffix)):
+        if path.stem in files:
+            raise ValueError(f"{folder}: {files[path.stem].name} and {path.name} have one name. Remove one")
+        files[path.stem] = path
+    return files
+
+
+def list_partners(folders):
+    """{folder: endings} -> [{name: path}, ...], one a folder.
+
+    Raises ValueError unless all folders hold the same names.
+    """
+    listing = {folder: list_files(folder, endings) for folder, endings in folders.items()}
+    first, *others = listing
+    for other in others:
+        for name in sorted(listing[first].keys() ^ listing[other].keys()):
+            lacks, has = (other, first) if name in listing[first] else (first, other)
+            raise ValueError(f"{lacks}: {name} is missing, which {has} holds ({len(listing[lacks])} and "
+                             f"{len(listing[has])} files). Add it, or remove its partner")
+    return list(listing.values())
+
+
+def list_pairs(folder, masks=True):
+    """[(name, image path)] of a pair folder, sorted by name: the order that "the first N pairs" means.
+
+    With masks, every image must have its mask (and its instance map, where there are any) and the other way
+    round. Raises ValueError.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder. Prepare or sample this set first")
+    if unfinished(folder).exists():
+        raise ValueError(f"{folder}: only a part of this set is there. Run again what makes it")
+    folders = {folder / "images": (".png", ".jpg", ".jpeg")}
+    if masks:
+        folders[folder / "masks"] = (".png",)
+    if masks and (folder / "instances").is_dir():
+        folders[folder / "instances"] = (".png",)
+    images = list_partners(folders)[0]
+    if not images:
+        raise ValueError(f"{folder / 'images'}: no .png or .jpg images. Prepare or sample this set first")
+    return list(images.items())
+
+
+@contextlib.contextmanager
+def picture_file(path):
+    """Open a picture file -> a PIL picture, not decoded. Raises ValueError where it is none or cut short."""
+    try:
+        with Image.open(path) as picture:
+            yield picture
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable picture ({error}). Replace it or remove the pair")
+
+
+def open_picture(path):
+    """A decoded PIL picture."""
+    with picture_file(path) as picture:
+        picture.load()
+        return picture
+
+
+def header_size(path):
+    """(width, height) of a picture, without decoding it."""
+    with picture_file(path) as picture:
+        return picture.size
+
+
+def to_rgb(picture):
+    """A PIL picture of any mode -> upright RGB. PIL's own conversion would clip 16-bit grey to white."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
+    return picture.convert("RGB")
+
+
+def read_ids(path, most, size=None):
+    """A mask or instance PNG -> (H, W) uint8 ids, 0 to `most`.
+
+    size: the (H, W) of its image. Raises ValueError where it differs, where the file holds colours instead of
+    ids, or an id over `most` (the number of classes; 255 for instances).
+    """
+    mask = open_picture(path)
+    if mask.mode not in ("P", "L", "1", "I", "I;16"):
+        raise ValueError(f"{path}: holds colours (mode {mask.mode}), not ids. Save ids as a palette or grey "
+                         "PNG")
+    ids = np.array(mask).astype(np.int64)
+    if size is not None and ids.shape != tuple(size):
+        raise ValueError(f"{path}: {ids.shape[1]} x {ids.shape[0]} pixels, its image {size[1]} x {size[0]}. "
+                         "Give both the same size")
+    if ids.min(initial=0) < 0 or ids.max(initial=0) > most:
+        wrong = ids.min() if ids.min() < 0 else ids.max()
+        raise ValueError(f"{path}: holds the id {wrong}, where 0 to {most} are possible. Repair the mask, or "
+                         "add the class to classes.json")
+    return ids.astype(np.uint8)
+
+
+def read_captions(folder, name):
+    """The lines of captions/NAME.txt; an empty list where there are none."""
+    path = Path(folder) / "captions" / f"{name}.txt"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+@functools.cache
+def print_once(text):
+    print(text)
+
+
+class PairFolder:
+    """A pair folder, opened for reading.
+
+    folder    its path
+    parts     what `read` returns, of "image", "ids" and "instances"; without "ids", masks and classes.json
+              may be missing (images for the text-to-image base)
+    start     leave out the first pairs ...
+    limit     ... and use at most so many of the rest, in the order of their names
+
+    .names, .paths  of the images;  .classes  as read_classes;  .has_instances  whether instances/ exists.
+    Raises ValueError where the folder is missing, incomplete or empty.
+    """
+
+    def __init__(self, folder, parts=("image", "ids", "instances"), start=0, limit=None):
+        self.folder = Path(folder)
+        self.parts = [part for part in CHANNELS if part in parts]
+        pairs = list_pairs(folder, "ids" in parts)[start:][:limit]
+        if not pairs:
+            raise ValueError(f"{folder}: no pairs are left after the first {start}. Use fewer of them")
+        self.names, self.paths = [name for name, _ in pairs], [path for _, path in pairs]
+        self.classes = read_classes(folder) if "ids" in parts else []
+        self.has_instances = (self.folder / "instances").is_dir()
+        self.memory = None
+
+    def __len__(self):
+        return len(self.names)
+
+    def mask_path(self, i):
+        return self.folder / "masks" / f"{self.names[i]}.png"
+
+    def read(self, i):
+        """Pair i -> {part: uint8 array}: image (H, W, 3), ids (H, W), instances (H, W; 0 if it has none)."""
+        if self.memory is None:
+            return self.decode(i)
+        shape = self.shapes[i]
+        pixels = np.frombuffer(self.memory, np.uint8, math.prod(shape), self.offsets[i])
+        ends = np.cumsum([CHANNELS[part] for part in self.parts])
+        arrays = np.split(pixels.reshape(shape), ends[:-1], axis=2)          # (H, W, channels) a part
+        return {part: array if part == "image" else array[..., 0]
+                for part, array in zip(self.parts, arrays)}
+
+    def decode(self, i):
+        """`read` from the files."""
+        name, pair, size = self.names[i], {}, None
+        if "image" in self.parts:
+            pair["image"] = np.asarray(to_rgb(open_picture(self.paths[i])))
+            size = pair["image"].shape[:2]
+        if "ids" in self.parts:
+            pair["ids"] = read_ids(self.mask_path(i), len(self.classes), size)
+        if "instances" in self.parts:
+            pair["instances"] = np.zeros_like(pair["ids"])
+            if self.has_instances:
+                path = self.folder / "instances" / f"{name}.png"
+                pair["instances"] = read_ids(path, 255, pair["ids"].shape)
+        return pair
+
+    def keep(self, most=KEEP_BYTES):
+        """Decode all pairs now and keep them, if that takes up to `most` bytes. Worker processes share them.
+
+        Without it, decoding and not the GPU would bound the training of small models. Sizes are those of the
+        files' headers.
+        """
+        depth = sum(CHANNELS[part] for part in self.parts)
+        self.offsets, end = [], 0
+        for i, path in enumerate(self.paths):
+            self.offsets.append(end)
+            path = path if "image" in self.parts else self.mask_path(i)
+            end += math.prod(header_size(path)) * depth
+            if end > most:
+                return
+        memory, self.shapes = RawArray("B", end), [None] * len(self)         # shared by fork and by spawn
+        pixels = np.frombuffer(memory, np.uint8)
+
+        def store(i):
+            stack = np.dstack(list(self.decode(i).values()))                 # (H, W, channels of all parts)
+            pixels[self.offsets[i]:self.offsets[i] + stack.size] = stack.ravel()
+            self.shapes[i] = stack.shape
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(store, range(len(self))))
+        self.memory = memory
+
+    def captions(self, i):
+        """Captions of pair i, at least one: composed from the names of its classes where it has none."""
+        captions = read_captions(self.folder, self.names[i])
+        if captions or not self.classes:
+            return captions or [""]
+        print_once(f"{self.folder}: no captions for some images; composed from class names")
+        ids = read_ids(self.mask_path(i), len(self.classes))
+        names = [self.classes[k - 1]["name"] for k in np.unique(ids) if k]
+        return ["a picture of " + (", ".join(names) or "nothing")]
+
+    def fingerprint(self):
+        """A short text that changes when the data changes, so that no run resumes on other data.
+
+        Of real data: the contents of masks, instances, captions and classes.json, images by name and size. Of
+        a synthetic folder: meta.json, which says what made it, and the names.
+        """
+        digest = hashlib.sha256(repr(self.names).encode())
+        for path in [self.folder / "meta.json"] if (self.folder / "meta.json").is_file() else self.files():
+            if path.parent.name == "images":
+                digest.update(repr((path.name, path.stat().st_size)).encode())
+            elif path.is_file():
+                digest.update(path.read_bytes())
+        return f"{len(self)} pairs {digest.hexdigest()[:12]}"
+
+    def files(self):
+        """The paths of all files of these pairs, there or not; an image last of its pair."""
+        yield self.folder / "classes.json"
+        for name, path in zip(self.names, self.paths):
+            yield self.folder / "masks" / f"{name}.png"
+            yield self.folder / "instances" / f"{name}.png"
+            yield self.folder / "captions" / f"{name}.txt"
+            yield path
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yield a temporary path that replaces `path` at the end: the file is complete or not there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_temporary(folder):
+    """Remove the temporary files that a killed run left in a pair folder."""
+    for path in (*Path(folder).glob(".tmp*"), *Path(folder).glob("*/.tmp*")):
+        path.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_picture(path, picture):
+    """A PIL picture or a uint8 array -> a PNG."""
+    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    with atomic_write(path) as temporary:
+        picture.save(temporary, "PNG")
+
+
+def write_mask(path, ids, K):
+    """(H, W) uint8 class ids -> an 8-bit palette PNG that opens as the colour map."""
+    picture = Image.fromarray(ids)
+    picture.putpalette(palette(K).ravel().tolist())
+    write_picture(path, picture)
+
+
+def link(source, path):
+    """A symbolic link to a file; where the system allows none a hard link, and a copy as the last resort."""
+    with atomic_write(path) as temporary:
+        for make in (os.symlink, os.link):
+            with contextlib.suppress(OSError):
+                make(os.path.abspath(source), temporary)
+                return
+        shutil.copyfile(source, temporary)
+
+
+def write_captions(folder, name, captions):
+    write_text(Path(folder) / "captions" / f"{name}.txt", "\n".join(captions) + "\n")
+
+
+def write_pair(folder, name, image, ids=None, instances=None, captions=(), K=None):
+    """Write one pair: captions, instances, mask, then the image. An image that exists means a complete pair.
+
+    image      (H, W, 3) uint8 or a PIL picture, saved as PNG; or the path of a file, which is linked
+    ids        (H, W) uint8 class ids of K classes; None for images without masks
+    instances  (H, W) uint8 or None. Give them only where the data has instances: readers take an existing
+               instances/ as "every pair has a map in it".
+    captions   lines of text
+    """
+    folder = Path(folder)
+    if captions:
+        write_captions(folder, name, captions)
+    if instances is not None:
+        write_picture(folder / "instances" / f"{name}.png", instances)
+    if ids is not None:
+        write_mask(folder / "masks" / f"{name}.png", ids, K)
+    if isinstance(image, (str, Path)):
+        link(image, folder / "images" / f"{name}{Path(image).suffix}")
+    else:
+        write_picture(folder / "images" / f"{name}.png", image)
+
+
+def unfinished(folder):
+    """The file beside a pair folder that exists while the folder is being made."""
+    return Path(folder).parent / f".{Path(folder).name}.unfinished"
+
+
+# ---- preparing ---------------------------------------------------------------------------------------------
+
+def run_jobs(work, jobs, processes=None):
+    """Yield work(job) for every job, in their order, from worker processes.
+
+    A job that ends in a ValueError or OSError yields nothing; the first such error is raised after the last
+    job, with the number of them: one run finds all broken files.
+    """
+    errors = []
+    processes = min(processes or os.cpu_count(), max(len(jobs), 1))
+    # Ctrl-C reaches the workers too: they ignore it, and the pool ends them.
+    with Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        results = pool.imap(work, jobs)
+        for _ in jobs:
+            try:
+                yield next(results)
+            except (ValueError, OSError) as error:
+                errors.append(error)
+    if errors:
+        raise ValueError(f"{errors[0]} ({len(errors)} of {len(jobs)} failed)")
+
+
+def prepare_splits(out, splits, classes, read, size, bar):
+    """Raw data -> the pair folders OUT/SPLIT. What is there already stays; a killed run goes on.
+
+    splits   {split: [(image path, captions, *labels), ...]}: the captions may be an empty list
+    classes  the content of classes.json. It is written last, so that no reader takes a part for the set
+    read     read(name, image, *labels) -> ids (H, W), instances (H, W) or None, captions for where there are
+             none; called in worker processes
+    size     None links the images; N resizes their shorter side, (H, W) both sides. Masks: by NEAREST
+    bar      tqdm, or what is called like it
+    """
+    palette(len(classes))                                # refuses too many classes
+    folders = {Path(out) / split: jobs for split, jobs in splits.items()}
+    for folder in folders:
+        path = folder / "classes.json"
+        if path.exists() and read_json(path) != classes:
+            raise ValueError(f"{path}: lists other classes. Remove the folder or choose another")
+        remove_temporary(folder)
+    for split, jobs in splits.items():
+        without = sum(not captions for _, captions, *_ in jobs)
+        if without:
+            print(f"{split}: {without} of {len(jobs)} images lack a caption: composed from class names")
+    jobs = [(folder, *job) for folder, jobs in folders.items() for job in jobs]
+    work = functools.partial(prepare_pair, read, size, len(classes))
+    for _ in bar(run_jobs(work, jobs), total=len(jobs), unit=" pairs"):
+        pass
+    for folder in folders:
+        write_json(folder / "classes.json", classes)
+    print(f"{out}: " + ", ".join(f"{split} {len(jobs)} pairs" for split, jobs in splits.items()))
+
+
+def prepare_pair(read, size, K, job):
+    """Write one pair of prepare_splits. Where it is there already, only its captions are written."""
+    folder, source, captions, *labels = job
+    for path in (folder / "images" / source.name, folder / "images" / f"{source.stem}.png"):
+        if path.exists():
+            if header_size(path) != new_size(header_size(source), size):
+                raise ValueError(f"{path}: prepared at another size. Remove the folder or choose another")
+            if captions:
+                write_captions(folder, source.stem, captions)
+            return
+    image = to_rgb(open_picture(source))
+    ids, instances, composed = read(source.stem, image, *labels)
+    if image.size != ids.shape[::-1]:
+        raise ValueError(f"{source}: {image.width} x {image.height} pixels, its mask {ids.shape[1]} x "
+                         f"{ids.shape[0]}. Take both from the same release")
+    if size:
+        image = image.resize(new_size(image.size, size), Image.Resampling.LANCZOS)
+        ids, instances = (resize_ids(each, image.size) for each in (ids, instances))
+    write_pair(folder, source.stem, image if size else source, ids, instances, captions or composed, K)
+
+
+def new_size(size, wanted):
+    """(width, height) of a resized picture. wanted: None for its own, N for the shorter side, or (H, W)."""
+    if isinstance(wanted, int):
+        return tuple(round(side * wanted / min(size)) for side in size)
+    return wanted[::-1] if wanted else size
+
+
+def resize_ids(ids, size):
+    """(H, W) ids, or None, at another (width, height). Mixing neighbours would invent classes."""
+    return ids if ids is None else np.asarray(Image.fromarray(ids).resize(size, Image.Resampling.NEAREST))
+
+
+def read_caption_file(path):
+    """A captioner's JSON or JSONL file -> {image name without ending: [caption, ...]}.
+
+    It holds {image name: caption or captions}, or entries with the name under "file_name", "image", "name",
+    "image_id" or "id" and the text under "caption", "captions" or "text". COCO's own captions are such.
+    """
+    captions = {}
+    try:
+        for name, texts in caption_entries(Path(path).read_text(encoding="utf-8")):
+            lines = [" ".join(text.split()) for text in ([texts] if isinstance(texts, str) else texts)]
+            captions.setdefault(Path(str(name)).stem, []).extend(filter(None, lines))
+        if not captions:
+            raise ValueError("it is empty")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path}: not a file of captions ({error}). Write {{"NAME.jpg": "a caption", ...}}')
+    return captions
+
+
+def caption_entries(text):
+    """The text of such a file -> (image name, caption or captions) of each entry."""
+    try:
+        data = json.loads(text)
+    except ValueError:
+        data = [json.loads(line) for line in text.splitlines() if line.strip()]
+    data = data.get("annotations", data) if isinstance(data, dict) else data
+    for entry in data if isinstance(data, list) else [data]:
+        name = next((entry[k] for k in ("file_name", "image", "name", "image_id", "id") if k in entry), None)
+        texts = next((entry[k] for k in ("caption", "captions", "text") if k in entry), None)
+        yield from entry.items() if name is None or texts is None else [(name, texts)]
+
+
+def join_words(words):
+    """["grass", "sky", "a road"] -> "grass, sky and a road"."""
+    return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else "".join(words)
+
+
+def with_article(noun):
+    """"old house" -> "an old house"."""
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+# ---- finding -----------------------------------------------------------------------------------------------
+
+def find_dataset(data):
+    """A data set's NAME (data/NAME of the project) or a folder with train/ and val/ -> that folder."""
+    folder = Path(data) if Path(data).is_dir() else ROOT / "data" / data
+    if folder.is_dir() and (folder.name == "shapes" or any(folder.glob("*/images"))):
+        return folder
+    if (folder / "prepare.py").is_file():
+        raise ValueError(f"{folder}: not prepared yet. Create it with: python data/{folder.name}/prepare.py "
+                         "--root RAW")
+    raise ValueError(f"{folder}: no data set. Give a data set's name (data/NAME) or a folder with train/ and "
+                     "val/")
+
+
+def find_split(data, split):
+    """The pair folder of one split of a data set. A missing split of the built-in shapes is made now."""
+    root = find_dataset(data)
+    if root.resolve() == ROOT / "data" / "shapes":
+        make_shapes(split)
+    if not (root / split).is_dir():
+        names = ", ".join(sorted(p.parent.name for p in root.glob("*/images"))) or "none"
+        raise ValueError(f"{root / split}: no such folder. The splits there are: {names}")
+    return root / split
+
+
+def make_shapes(split):
+    """Make a split of the built-in data where it is missing or a killed run left a part of it.
+
+    Under torchrun the first rank does it and the others wait.
+    """
+    folder = ROOT / "data" / "shapes" / split
+    first = os.environ.get("RANK", "0") == "0"
+    if first and (unfinished(folder).exists() or not folder.is_dir()):
+        command = [sys.executable, str(ROOT / "data" / "shapes" / "prepare.py")]
+        command += ["--unlabelled", "8000"] if split == "unlabelled" else []
+        if subprocess.run(command).returncode:
+            raise ValueError(f"{folder}: could not be made. See the line above")
+    while not first and (unfinished(folder).exists() or not folder.is_dir()):
+        time.sleep(0.5)
+
+
+def dataset_name(data):
+    """NAME or PATH of a data set -> the NAME in out/NAME."""
+    return Path(os.path.abspath(data)).name
+
+
+def spread(n, count):
+    """`count` positions of n (all where there are fewer), evenly apart: neighbours in a film look alike."""
+    return [i * n // min(n, count) for i in range(min(n, count))]
+
+
+# ---- pictures to look at -----------------------------------------------------------------------------------
+
+def contact_sheet(rows, captions=(), classes=(), title="", columns=8):
+    """Pictures with all that a person needs to read them -> one PIL picture.
+
+    rows      {row name: [(H, W, 3) uint8, ...]}, equally many pictures in each row
+    captions  a text for each column, wrapped beneath it
+    classes   [{"name"}] for a legend of all colours at the foot
+    title     a text above all
+    """
+    height, width = next(iter(rows.values()))[0].shape[:2]
+    scale = max(1, round(144 / width)) if width <= 256 else 256 / width
+    resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
+    width, height = round(width * scale), round(height * scale)
+    texts = [textwrap.fill(text, max(width // 7, 8)) for text in captions]
+    count = len(next(iter(rows.values())))
+    columns = min(columns, count)
+
+    left = 8 + max(round(FONT.getlength(name)) for name in rows)
+    row_height, text_height = height + 4, 16 * max([text.count("\n") + 1 for text in texts], default=0)
+    block = len(rows) * row_height + text_height + 6                         # all rows of `columns` pictures
+    top = 22 if title else 2
+    foot = top + block * -(-count // columns)
+    sheet = Image.new("RGB", (left + columns * (width + 4), foot), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((4, 3), title, "black", FONT)
+    for i in range(count):
+        x, y = left + i % columns * (width + 4), top + i // columns * block
+        for name, pictures in rows.items():
+            sheet.paste(Image.fromarray(pictures[i]).resize((width, height), resampling), (x, y))
+            if i % columns == 0:
+                draw.text((4, y + height // 2 - 8), name, "black", FONT)
+            y += row_height
+        if texts:
+            draw.multiline_text((x, y), texts[i], "black", FONT, spacing=3)
+    return with_legend(sheet, classes) if classes else sheet
+
+
+def with_legend(sheet, classes):
+    """A picture with the colour and the name of every class beneath it."""
+    names = [c["name"] for c in classes]
+    cell = 32 + max(round(FONT.getlength(name)) for name in names)
+    across = max(1, sheet.width // cell)
+    height = 20 * -(-len(names) // across) + 4
+    larger = Image.new("RGB", (max(sheet.width, cell), sheet.height + height), "white")
+    larger.paste(sheet)
+    draw = ImageDraw.Draw(larger)
+    for n, (name, colour) in enumerate(zip(names, palette(len(names))[1:])):
+        x, y = 4 + n % across * cell, sheet.height + n // across * 20
+        draw.rectangle((x, y + 2, x + 14, y + 14), fill=tuple(colour.tolist()), outline="black")
+        draw.text((x + 20, y), name, "black", FONT)
+    return larger
+
+
+# ---- scripts -----------------------------------------------------------------------------------------------
+
+def run(main):
+    """Run a script's main(): a user's mistake ends in one line on stderr, not in a traceback.
+
+    Library code raises ValueError with a message for people, or lets OSError through. An error of a worker
+    process arrives with a traceback as its text, whose last line is the message. SEGGEN_DEBUG=1 shows it all.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from the last save.", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if "SEGGEN_DEBUG" in os.environ:
+            raise
+        sys.exit((str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ValueError: "))
+
+
+def number(kind, least, most=float("inf"), above=False):
+    """An argparse type: a finite number of that kind from `least` (with `above`: over it) to `most`."""
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most or value == float("inf") or above and value == least:
+            wanted = f"over {least}" if above else f"of {least} or more"
+            wanted += f" and at most {most}" if most < float("inf") else ""
+            raise argparse.ArgumentTypeError(f"{text}: a number {wanted} is needed")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def picture_size(text):
+    """An argparse type: "64" or "96x72" (width x height) -> (H, W)."""
+    sides = [number(int, 1, 8192)(part) for part in text.split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text}: 64 or 96x72 (width x height) is needed")
+    return sides[-1], sides[0]
