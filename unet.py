@@ -1,10 +1,25 @@
 """Every network of the generators in plain PyTorch: SDXL's UNet, ControlNet, VAE, CLIP and its tokenizer.
 
-A denoising UNet sees a noisy picture, the time and a caption; a ControlNet is a copy of its encoder that
-also sees a colour map, and adds what it finds to the UNet's skip connections. Attribute names are the key
-names of the public checkpoints: official weights load with a strict `load_state_dict`, ours open in the
-public libraries. The small models of the built-in data are the same classes with other arguments: see
-PRESETS.
+A UNet reads a noisy picture and predicts the clean one, or the noise. The TIME (how noisy it is) enters every
+residual block; the CAPTION enters every transformer block, by cross-attention. A ControlNet is a trainable
+copy of the UNet's left half that also sees a colour map. What it finds passes zero convolutions, which give
+zeros until they are trained, and is added to the UNet's skip connections:
+
+    x --> conv_in ------> down blocks ------> mid block ------> up blocks --> conv_out --> prediction    UNet
+             |                 |                  |                 ^
+             +-----------------+------ skips -----|-----------------+
+             ^ +               ^ +                ^ +
+         zero conv         zero convs         zero conv
+             |                 |                  |
+    x --> conv_in + map --> down blocks ------> mid block                                          ControlNet
+
+Attribute names are the key names of the public checkpoints: official weights load with a strict
+`load_state_dict`, and ours open in the public libraries. The small models of the built-in data are the same
+classes with other arguments: see PRESETS. A context need not be text. A model of ten classes is three lines:
+
+    unet = UNet(**PRESETS["tiny"]["unet"] | dict(projection_class_embeddings_input_dim=None))
+    label = nn.Embedding(10, 96)
+    prediction = unet(x, t, label(y)[:, None])          # x (B, 3, H, W), t (B,), y (B,) -> (B, 3, H, W)
 
 Paper: SDXL (2307.01952), ControlNet (2302.05543), CLIP (2103.00020); SegGen (2311.03355) fine-tunes SDXL.
 Differs: small models work on patches of pixels, with a full-resolution head, and read hashed words, not
@@ -14,9 +29,10 @@ Needs: no sibling file.
 
     python unet.py                  # the sizes and shapes of every preset
 
-B batch, C channels, H W pixels or latents, N pixels of a grid, L caption tokens, D width,
-T width of the time embedding, P width of the pooled caption
+B batch, C channels, H W pixels or latents, N pixels of a grid, L caption tokens, D width, d width of a head,
+T width of the time embedding, P width of the pooled caption (one vector a caption)
 """
+import functools
 import inspect
 import json
 import math
@@ -36,9 +52,10 @@ PRESETS = {
     "tiny": {       # 64 x 64 pixels: 16 x 16 patches at width 64, then 8 x 8 at width 80 with the caption
         "unet": dict(in_channels=3, out_channels=3, block_out_channels=(64, 80), layers_per_block=1,
                      down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                     transformer_layers_per_block=(0, 1), attention_head_dim=(2, 4), cross_attention_dim=96,
-                     addition_time_embed_dim=16, projection_class_embeddings_input_dim=96 + 6 * 16,
-                     norm_num_groups=16, patch_size=4, head_channels=24),
+                     transformer_layers_per_block=(0, 1), attention_head_dim=(2, 4),
+                     cross_attention_dim=96, addition_time_embed_dim=16,
+                     projection_class_embeddings_input_dim=96 + 6 * 16, norm_num_groups=16,
+                     patch_size=4, head_channels=24),
         "controlnet": dict(conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 64)),
         "text": dict(width=96, layers=2, heads=4, length=48, rows=512),
     },
@@ -51,207 +68,21 @@ PRESETS = {
 }
 
 
-# ---- public config.json files ------------------------------------------------------------------------------
-
-# Not the public defaults, so a file that lacks them is not SDXL's.
-NEEDED = {"addition_embed_type": "text_time", "use_linear_projection": True}
-# Options that our networks do not have: the one value that they implement. What is in no list must be off.
-SUPPORTED = NEEDED | {
-    "act_fn": "silu", "attention_type": "default", "controlnet_conditioning_channel_order": "rgb",
-    "conv_in_kernel": 3, "conv_out_kernel": 3, "downsample_padding": 1, "flip_sin_to_cos": True,
-    "mid_block_add_attention": True, "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "model_type": "clip_text_model", "norm_eps": 1e-5, "resnet_out_scale_factor": 1,
-    "resnet_time_scale_shift": "default", "time_embedding_type": "positional", "use_post_quant_conv": True,
-    "use_quant_conv": True}
-# Options that do not change what is computed.
-IGNORED = {
-    "_class_name", "_diffusers_version", "_name_or_path", "_use_default_values", "architectures",
-    "addition_embed_type_num_heads", "bos_token_id", "dtype", "force_upcast", "initializer_factor",
-    "initializer_range", "pad_token_id", "sample_size", "torch_dtype", "transformers_version"}
-
-
-def public_arguments(cls):
-    """The names of a class's constructor arguments that stand in a public config.json."""
-    own = [name for c in cls.__mro__ if c.__module__ == __name__ for name in inspect.signature(c).parameters]
-    return [name for name in own if name not in ("encoder", "patch_size", "head_channels", "projection")]
-
-
-def from_config(cls, config):
-    """A network from the dict of a public config.json. Raises ValueError, naming the key."""
-    own = public_arguments(cls)
-    for key in own + list(NEEDED if "cross_attention_dim" in own else ()):
-        if key not in config:
-            raise ValueError(f"the configuration has no {key}: it is not SDXL's")
-    down = config.get("down_block_types", ())
-    mirror = [kind.replace("Down", "Up").replace("Encoder", "Decoder") for kind in reversed(down)]
-    for key in config.keys() - own - IGNORED:
-        value, only = config[key], mirror if key == "up_block_types" else SUPPORTED.get(key)
-        if key == "down_block_types":                               # a VAE's: their number is known
-            value, only = set(value), {"DownEncoderBlock2D"}
-        if value != only and (value or only):
-            raise ValueError(f"{key} = {value!r} is not supported, only {only!r}")
-    arguments = {key: config[key] for key in own}
-    for key in ("attention_head_dim", "transformer_layers_per_block"):      # one number stands for all levels
-        if isinstance(arguments.get(key), int):
-            arguments[key] = [arguments[key]] * len(config["block_out_channels"])
-    if "CLIPTextModelWithProjection" in (config.get("architectures") or ()):
-        arguments["projection"] = True
-    return cls(**arguments)
-
-
-# ---- public folders ----------------------------------------------------------------------------------------
-
-def read_json(path):
-    """A JSON file -> its dict. Raises ValueError that names the path."""
-    try:
-        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: looked for a JSON file, found {type(error).__name__}; download it again")
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: looked for a JSON object, found another value; download it again")
-    return content
-
-
-def weight_files(folder):
-    """A part of a public folder -> its safetensors files: whole or in shards, fp32 before fp16."""
-    folder = pathlib.Path(folder)
-    for stem in ("diffusion_pytorch_model", "model"):
-        for whole, index in ((f"{stem}.safetensors", f"{stem}.safetensors.index.json"),
-                             (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json")):
-            if (folder / whole).is_file():
-                return [folder / whole]
-            if (folder / index).is_file():
-                shards = read_json(folder / index).get("weight_map") or {}
-                return [folder / name for name in sorted(set(shards.values()))]
-    found = ", ".join(sorted(p.name for p in folder.glob("*"))) if folder.is_dir() else "no such folder"
-    raise ValueError(f"{folder}: looked for diffusion_pytorch_model.safetensors or model.safetensors, found "
-                     f"{found or 'nothing'}; download this part (only .safetensors is read, never a pickle)")
-
-
-def read_tensors(files, device="cpu", dtype=torch.float32):
-    """safetensors files -> one dict of tensors, floats as `dtype`. Raises ValueError, naming the file."""
-    state = {}
-    for path in files:
-        try:
-            with safe_open(path, "pt", device=str(device)) as file:
-                for name in file.keys():
-                    tensor = file.get_tensor(name)
-                    state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        except (SafetensorError, OSError) as error:
-            found = f"a truncated one ({error})" if pathlib.Path(path).is_file() else "no such file"
-            raise ValueError(f"{path}: looked for a safetensors file, found {found}; download it again")
-    return state
-
-
-def fill(net, state, where):
-    """Gives a network without memory (on the meta device) its tensors; every key and shape must be right."""
-    try:
-        missing, unexpected = net.load_state_dict(state, strict=False, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{where}: a tensor has another shape than config.json says: "
-                         f"{' '.join(str(error).split())[:200]}")
-    for keys, what in ((missing, "is missing"), (unexpected, "is not one of SDXL's")):
-        if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise ValueError(f"{where}: looked for the tensors of a {type(net).__name__}; {keys[0]}{more} "
-                             f"{what}; download this part again")
-    return net
-
-
-PUBLIC_CLASS = {"UNet": ("UNet2DConditionModel",), "ControlNet": ("ControlNetModel",),
-                "VAE": ("AutoencoderKL",), "CLIPText": ("CLIPTextModel", "CLIPTextModelWithProjection")}
-
-
-def empty_part(cls, folder):
-    """FOLDER/config.json -> that network on the meta device: shapes without memory. Raises ValueError."""
-    path = pathlib.Path(folder) / "config.json"
-    config = read_json(path)
-    kind, wanted = (config.get("architectures") or [config.get("_class_name")])[0], PUBLIC_CLASS[cls.__name__]
-    if kind not in wanted:
-        raise ValueError(f"{path}: looked for {' or '.join(wanted)}, found {kind}; it is another part")
-    try:
-        with torch.device("meta"):
-            return cls.from_config(config)
-    except (ValueError, TypeError, IndexError) as error:
-        raise ValueError(f"{path}: {error}; give this part of stabilityai/stable-diffusion-xl-base-1.0 "
-                         "or one trained for it")
-
-
-def read_part(cls, folder, device="cpu", dtype=torch.float32):
-    """One part of a public folder -> the network with its weights, in eval mode.
-
-    Raises ValueError in one line: config.json or weights missing or of another part; a key missing, extra or
-    of another shape; a truncated file."""
-    net = empty_part(cls, folder)
-    return fill(net, read_tensors(weight_files(folder), device, dtype), folder).eval()
-
-
-def is_public(folder):
-    """Whether a folder is in the layout of the public pipelines (several networks, one folder each)."""
-    folder = pathlib.Path(folder)
-    return (folder / "model_index.json").exists() or (folder / "unet" / "config.json").exists()
-
-
-def check_sdxl(folder):
-    """Raises ValueError unless a folder's model_index.json is that of SDXL and every part is there."""
-    folder = pathlib.Path(folder)
-    kind = read_json(folder / "model_index.json").get("_class_name")
-    if not str(kind).startswith("StableDiffusionXL"):
-        raise ValueError(f"{folder}: looked for a StableDiffusionXLPipeline, found {kind}; "
-                         "give the folder of stabilityai/stable-diffusion-xl-base-1.0")
-    parts = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-    if lost := [part for part in parts if not (folder / part).is_dir()]:
-        raise ValueError(f"{folder}: looked for the parts of SDXL, found no {', '.join(lost)}; "
-                         "download the whole folder")
-
-
-def check_fit(unet, text, vae, folder):
-    """Raises ValueError unless UNet, text encoders, tokenizers and VAE of a public folder fit each other."""
-    u, v, first, second = unet.config, vae.config, text.text_encoder.config, text.text_encoder_2.config
-    pooled = second["projection_dim"] if second["projection"] else second["hidden_size"]
-    wrong = [f"{what} is {found}, not {right}" for what, found, right in (
-        ("the UNet's in_channels", u["in_channels"], v["latent_channels"]),
-        ("the UNet's out_channels", u["out_channels"], v["latent_channels"]),
-        ("the VAE's in_channels", v["in_channels"], 3),
-        ("the VAE's out_channels", v["out_channels"], 3),
-        ("the UNet's cross_attention_dim", u["cross_attention_dim"],
-         first["hidden_size"] + second["hidden_size"]),
-        ("the UNet's projection_class_embeddings_input_dim", u["projection_class_embeddings_input_dim"],
-         pooled + 6 * u["addition_time_embed_dim"]),
-        ("text_encoder_2's max_position_embeddings", second["max_position_embeddings"],
-         first["max_position_embeddings"])) if found != right]
-    for end, tokenizer, encoder in zip(("", "_2"), text.tokenizers, (first, second)):
-        if (largest := max(tokenizer.ids.values())) >= encoder["vocab_size"]:
-            wrong.append(f"tokenizer{end} goes up to {largest}, text_encoder{end}'s vocab_size is "
-                         f"{encoder['vocab_size']}")
-    if wrong:
-        raise ValueError(f"{folder}: its parts do not fit each other: {wrong[0]}; "
-                         "give the folder of stabilityai/stable-diffusion-xl-base-1.0")
-
-
-def check_control(control, unet, folder):
-    """Raises ValueError unless a ControlNet by others fits the UNet's inputs and skips; depths may differ."""
-    for key in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim",
-                "addition_time_embed_dim", "projection_class_embeddings_input_dim"):
-        if control.config[key] != unet.config[key]:
-            raise ValueError(f"{folder}: its {key} is {control.config[key]}, the UNet's {unet.config[key]}; "
-                             "give a ControlNet for this UNet")
-    colours = control.config["conditioning_channels"]
-    widths = control.config["conditioning_embedding_out_channels"]  # each but the first halves the map
-    if (colours, len(widths)) != (3, 4):
-        raise ValueError(f"{folder}: looked for a ControlNet that sees 3 colours through 4 widths, found "
-                         f"{colours} and {len(widths)}; give a ControlNet for this UNet")
-
-
 # ---- parts -------------------------------------------------------------------------------------------------
 
-def checkpointed(forward):
-    """A forward that keeps only its inputs and runs again in backward, once `module.checkpointing` is set."""
-    def wrapped(self, *args):
-        if getattr(self, "checkpointing", False) and torch.is_grad_enabled():
-            return checkpoint(forward, self, *args, use_reentrant=False, preserve_rng_state=False)
-        return forward(self, *args)
-    return wrapped
+class Network(nn.Module):
+    """A network of the kind that public folders hold. self.config: its constructor's arguments."""
+
+    @classmethod
+    def from_config(cls, config, where="config.json"):
+        """An untrained network, from the dict of a public config.json. Raises ValueError, which names the key
+        and `where` it is missing or wrong."""
+        return cls(**public_arguments(cls, config, where))
+
+
+def arguments(scope):
+    """The arguments of a constructor, from its locals()."""
+    return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
 
 
 def zero(module):
@@ -261,11 +92,24 @@ def zero(module):
     return module
 
 
+def conv3x3(in_channels, out_channels):
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+
 def fourier(x, dim):
-    """(N,) numbers -> (N, dim): cosines, then sines, at dim / 2 frequencies from 1 to about 1e-4, fp32."""
+    """(N,) numbers -> (N, dim): cosines, then sines, at dim / 2 frequencies from 1 to about 1e-4, fp32.
+
+    A linear layer cannot tell 801 from 802 in one large number; in waves of many lengths it can."""
     frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=x.device) / (dim // 2))
     angle = x.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def attend(q, k, v, heads, **mask):
+    """Queries (B, N, D), keys and values (B, L, D) -> (B, N, D): each query's mean of the values, by head."""
+    q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in (q, k, v))
+    x = F.scaled_dot_product_attention(q, k, v, **mask)  # (B, heads, N, d)
+    return rearrange(x, "b h n d -> b n (h d)")
 
 
 class TimestepEmbedding(nn.Module):
@@ -277,54 +121,50 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, x):
-        return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype))))
+        x = x.to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class ResnetBlock(nn.Module):
     """(B, in_channels, H, W) -> (B, out_channels, H, W); the time is added between the two convolutions.
 
-    The VAE's knows no time: time_dim None. Its norms have another eps."""
+    The VAE has no time (time_dim None), and its norms have another eps."""
 
-    def __init__(self, in_channels, out_channels, time_dim, groups):
+    def __init__(self, in_channels, out_channels, groups, time_dim=None):
         super().__init__()
         eps = 1e-5 if time_dim else 1e-6
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = conv3x3(in_channels, out_channels)
         self.time_emb_proj = nn.Linear(time_dim, out_channels) if time_dim else None
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
-        self.conv2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))  # starts as the identity
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = zero(conv3x3(out_channels, out_channels))  # starts as the identity
+        self.conv_shortcut = nn.Identity()
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    @checkpointed
     def forward(self, x, time=None):
-        h = self.conv1(F.silu(self.norm1(x)))                       # (B, C, H, W)
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, C, H, W)
         if time is not None:
+            # Here the time enters.
             h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if self.conv_shortcut else x)
+        return h + self.conv_shortcut(x)
 
 
 class Attention(nn.Module):
-    """Attention of (B, N, D) to itself, to a context (B, L, context_dim), or to what `project` returned."""
+    """Attention of (B, N, D) to a context (B, L, context_dim); self-attention where both are the same."""
 
-    def __init__(self, dim, heads, context_dim=None, bias=False):
+    def __init__(self, dim, heads, context_dim, bias=False):
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(dim, dim, bias=bias)
-        self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
-        self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.to_k = nn.Linear(context_dim, dim, bias=bias)
+        self.to_v = nn.Linear(context_dim, dim, bias=bias)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
-    def project(self, context):
-        """(B, L, context_dim) -> keys and values, each (B, heads, L, d)."""
-        return tuple(rearrange(to(context), "b l (h d) -> b h l d", h=self.heads)
-                     for to in (self.to_k, self.to_v))
-
-    def forward(self, x, context=None):
-        q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
-        k, v = context if isinstance(context, tuple) else self.project(x if context is None else context)
-        x = F.scaled_dot_product_attention(q, k, v)                 # (B, heads, N, d)
-        return self.to_out(rearrange(x, "b h n d -> b n (h d)"))    # (B, N, D)
+    def forward(self, x, context):
+        h = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads)
+        return self.to_out(h)  # (B, N, D)
 
 
 class GEGLU(nn.Module):
@@ -339,45 +179,45 @@ class GEGLU(nn.Module):
         return x * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))  # 1: a dropout
-
-    def forward(self, x):
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the caption, feed-forward."""
+    """Self-attention, attention to the caption (unless context_dim is None), feed-forward."""
 
     def __init__(self, dim, heads, context_dim):
         super().__init__()
-        self.norm1, self.attn1 = nn.LayerNorm(dim), Attention(dim, heads)
-        self.norm2, self.attn2 = nn.LayerNorm(dim), Attention(dim, heads, context_dim)
-        self.norm3, self.ff = nn.LayerNorm(dim), FeedForward(dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, heads, dim)
+        self.attn2 = None
+        if context_dim is not None:
+            self.norm2 = nn.LayerNorm(dim)
+            self.attn2 = Attention(dim, heads, context_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        dropout = nn.Identity()  # the public net has one here, of rate 0
+        self.ff = nn.ModuleDict({"net": nn.Sequential(GEGLU(dim, 4 * dim), dropout, nn.Linear(4 * dim, dim))})
 
-    @checkpointed
     def forward(self, x, context):
-        """x (B, N, D); context (B, L, context_dim) or the list of `project_text` -> (B, N, D)."""
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context[self.attn2.index] if isinstance(context, list) else context)
-        return x + self.ff(self.norm3(x))
+        """x (B, N, D), context (B, L, context_dim) -> (B, N, D)."""
+        h = self.norm1(x)
+        x = x + self.attn1(h, h)
+        if self.attn2 is not None:
+            # Here the caption enters.
+            x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff["net"](self.norm3(x))
 
 
 class Transformer(nn.Module):
     """`depth` transformer blocks over the pixels of (B, C, H, W)."""
 
-    def __init__(self, channels, heads, depth, context_dim, groups):
+    def __init__(self, channels, groups, depth, heads, context_dim):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, heads, context_dim) for _ in range(depth))
-        self.proj_out = zero(nn.Linear(channels, channels))         # starts as the identity
+        self.proj_out = zero(nn.Linear(channels, channels))  # starts as the identity
 
     def forward(self, x, context):
-        h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))  # (B, N, C)
+        h = rearrange(self.norm(x), "b c h w -> b (h w) c")  # (B, N, C)
+        h = self.proj_in(h)
         for block in self.transformer_blocks:
             h = block(h, context)
         return x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=x.shape[2])
@@ -399,138 +239,177 @@ class Upsample(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = conv3x3(channels, channels)
 
     def forward(self, x, size):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
-# ---- UNet and ControlNet -----------------------------------------------------------------------------------
+# ---- blocks: what runs at one resolution -------------------------------------------------------------------
 
-class Stage(nn.Module):
-    """What stands at one resolution: residual blocks, each followed by a transformer where depth > 0."""
+class Block(nn.Module):
+    """Residual blocks and, where depth > 0, transformers.
 
-    def __init__(self, widths, time_dim, depth, heads, context_dim, groups, transformers):
+    in_channels    of each residual block: a list
+    out_channels   of every part
+    attentions     how many transformers
+    groups         of the group norms
+    time_dim       T; None: no time
+    depth, heads, context_dim   of each transformer; depth 0: no transformers"""
+
+    def __init__(self, in_channels, out_channels, attentions, groups, time_dim=None, depth=0, heads=1,
+                 context_dim=None):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(i, o, time_dim, groups) for i, o in widths)
-        self.attentions = nn.ModuleList(Transformer(widths[-1][1], heads, depth, context_dim, groups)
-                                        for _ in range(transformers if depth else 0))
+        self.resnets = nn.ModuleList(ResnetBlock(c, out_channels, groups, time_dim) for c in in_channels)
+        count = attentions if depth else 0
+        self.attentions = nn.ModuleList(
+            Transformer(out_channels, groups, depth, heads, context_dim) for _ in range(count))
 
 
-class DownBlock(Stage):
-    def __init__(self, widths, time_dim, *args, downsample):
-        super().__init__(widths, time_dim, *args, transformers=len(widths))
-        padding = 1 if time_dim else 0
-        self.downsamplers = nn.ModuleList([Downsample(widths[-1][1], padding)] if downsample else [])
+class DownBlock(Block):
+    """`layers` residual blocks, each with a transformer, then half the resolution. options: Block's."""
 
-    def forward(self, x, time, context):
-        """-> the output and the list of skips."""
+    def __init__(self, in_channels, out_channels, layers, downsample, padding=1, **options):
+        inputs = [in_channels] + [out_channels] * (layers - 1)
+        super().__init__(inputs, out_channels, attentions=layers, **options)
+        self.downsamplers = nn.ModuleList([Downsample(out_channels, padding)] if downsample else [])
+
+    def forward(self, x, time=None, context=None):
+        """-> the output, and the skips: one for each layer, one for the downsampler."""
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
-            x = self.attentions[i](x, context) if self.attentions else x
+            if self.attentions:
+                x = self.attentions[i](x, context)
             skips.append(x)
         for downsampler in self.downsamplers:
-            x = downsampler(x)                                      # (B, C, H / 2, W / 2)
+            x = downsampler(x)  # (B, C, H / 2, W / 2)
             skips.append(x)
         return x, skips
 
 
-class MidBlock(Stage):
-    def __init__(self, channels, *args):
-        super().__init__([(channels, channels)] * 2, *args, transformers=1)
+class MidBlock(Block):
+    """Residual block, transformer, residual block, all of the same width. options: Block's."""
 
-    def forward(self, x, time, context):
+    def __init__(self, channels, **options):
+        super().__init__([channels, channels], channels, attentions=1, **options)
+
+    def forward(self, x, time=None, context=None):
         x = self.resnets[0](x, time)
         for attention in self.attentions:
             x = attention(x, context)
         return self.resnets[1](x, time)
 
 
-class UpBlock(Stage):
-    def __init__(self, widths, *args, upsample):
-        super().__init__(widths, *args, transformers=len(widths))
-        self.upsamplers = nn.ModuleList([Upsample(widths[-1][1])] if upsample else [])
+class UpBlock(Block):
+    """A residual block for each skip, which it reads beside its input; then twice the resolution.
 
-    def forward(self, x, skips, time, context):
-        """Takes its skips from the end of the list `skips`."""
+    skip_channels: a list; zeros where there are no skips (the VAE). options: Block's."""
+
+    def __init__(self, in_channels, out_channels, skip_channels, upsample, **options):
+        inputs = [in_channels] + [out_channels] * (len(skip_channels) - 1)
+        inputs = [channels + skip for channels, skip in zip(inputs, skip_channels)]
+        super().__init__(inputs, out_channels, attentions=len(inputs), **options)
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
+
+    def forward(self, x, time=None, context=None, skips=None):
+        """Removes its skips from the end of the list `skips`: the last one written is the first one read."""
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
-            x = self.attentions[i](x, context) if self.attentions else x
+            if skips:
+                x = torch.cat([x, skips.pop()], dim=1)  # (B, C + C of the skip, H, W)
+            x = resnet(x, time)                         # (B, C, H, W)
+            if self.attentions:
+                x = self.attentions[i](x, context)
         for upsampler in self.upsamplers:
-            x = upsampler(x, skips[-1].shape[-2:])                  # (B, C, 2 H, 2 W)
+            size = skips[-1].shape[-2:] if skips else (2 * x.shape[2], 2 * x.shape[3])
+            x = upsampler(x, size)                      # (B, C, 2 H, 2 W)
         return x
 
 
-class Encoder(nn.Module):
-    """The half that UNet and ControlNet share: time and caption embedding, down blocks, middle block.
+# ---- UNet and ControlNet -----------------------------------------------------------------------------------
 
-    attention_head_dim is the NUMBER of heads of each block: the public name is a known mistake, kept for the
-    config files. transformer_layers_per_block counts only where the block's type has cross-attention."""
+class Encoder(Network):
+    """The half that UNet and ControlNet share: time embedding, down blocks, middle block.
+
+    in_channels                   of x: 4 latents, or 3 colours
+    block_out_channels            width of each level; each level halves H and W, the last does not
+    layers_per_block              residual blocks of a level on the way down (one more on the way up)
+    down_block_types              of each level: "CrossAttnDownBlock2D" has transformers, "DownBlock2D" none
+    transformer_layers_per_block  depth of each level's transformers; the last is the middle block's too
+    attention_head_dim            the NUMBER of heads of each level, not their width: the public name is a
+                                  known mistake, kept because it stands in the config files
+    cross_attention_dim           width D of the context; None: transformers have self-attention only
+    addition_time_embed_dim       width of the Fourier features of each of the six time_ids
+    projection_class_embeddings_input_dim   P + 6 * addition_time_embed_dim; None: no pooled, no time_ids
+    norm_num_groups               groups of the group norms: a divisor of every width
+    patch_size                    p of "patchify": each p x p square of pixels becomes one position with p * p
+                                  times the channels. It loses nothing and saves p * p times the positions
+    head_channels                 width of the full-resolution head (see UNet.refine); 0: no head
+
+    Raises ValueError for other down blocks."""
 
     def __init__(self, in_channels=4, block_out_channels=(320, 640, 1280), layers_per_block=2,
                  down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
                  transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
                  cross_attention_dim=2048, addition_time_embed_dim=256,
-                 projection_class_embeddings_input_dim=2816, norm_num_groups=32, patch_size=1):
-        if unknown := set(down_block_types) - {"DownBlock2D", "CrossAttnDownBlock2D"}:
-            raise ValueError(f"down_block_types: {', '.join(sorted(unknown))} is not supported")
+                 projection_class_embeddings_input_dim=2816, norm_num_groups=32, patch_size=1,
+                 head_channels=0):
         super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "unknown", "__class__")}
+        self.config = arguments(locals())
+        if not set(down_block_types) <= {"DownBlock2D", "CrossAttnDownBlock2D"}:
+            raise ValueError(f"down_block_types {down_block_types}: use DownBlock2D or CrossAttnDownBlock2D.")
         widths, time_dim = block_out_channels, 4 * block_out_channels[0]
-        self.conv_in = nn.Conv2d(in_channels * patch_size ** 2, widths[0], 3, padding=1)
+        self.conv_in = conv3x3(in_channels * patch_size ** 2, widths[0])
         self.time_embedding = TimestepEmbedding(widths[0], time_dim)
-        self.add_embedding = TimestepEmbedding(projection_class_embeddings_input_dim, time_dim)
+        added = projection_class_embeddings_input_dim
+        self.add_embedding = TimestepEmbedding(added, time_dim) if added else None
         self.down_blocks = nn.ModuleList()
+        self.skip_channels = [widths[0]]  # of every skip, in the order of `encode`
         for i, width in enumerate(widths):
-            pairs = [(widths[max(i - 1, 0)], width)] + [(width, width)] * (layers_per_block - 1)
-            self.down_blocks.append(DownBlock(pairs, *self.attention(i), downsample=i < len(widths) - 1))
-        middle = time_dim, transformer_layers_per_block[-1], *self.attention(-1)[2:]
-        self.mid_block = MidBlock(widths[-1], *middle)
-
-    from_config = classmethod(from_config)
+            downsample = i < len(widths) - 1
+            self.down_blocks.append(DownBlock(
+                widths[max(i - 1, 0)], width, layers_per_block, downsample, **self.block_options(i)))
+            self.skip_channels += [width] * (layers_per_block + downsample)
+        middle = self.block_options(-1) | dict(depth=transformer_layers_per_block[-1])
+        self.mid_block = MidBlock(widths[-1], **middle)
 
     def public_config(self):
-        """The dict to write as config.json: with it the public library opens our state dict."""
-        patch, head = self.config["patch_size"], self.config["head_channels"]
-        assert patch == 1 and head == 0, f"patch_size {patch} and head_channels {head} have no public name"
-        config = {k: v for k, v in self.config.items() if k not in ("patch_size", "head_channels")}
-        if isinstance(self, UNet):
-            up = [kind.replace("Down", "Up") for kind in reversed(config["down_block_types"])]
-            return NEEDED | config | {"_class_name": "UNet2DConditionModel", "up_block_types": up}
-        return NEEDED | config | {"_class_name": "ControlNetModel"}
+        """The dict to write as config.json: with it the public library opens our state dict.
 
-    def attention(self, i):
-        """What the blocks of level i have in common: time width, depth, heads, caption width, groups."""
+        Only for networks without patches and head: the public library has neither."""
+        config = required_values(type(self), self.config) | self.config
+        return {key: value for key, value in config.items() if key not in OWN_ARGUMENTS}
+
+    def block_options(self, i):
+        """The keywords of Block for level i."""
         c = self.config
-        depth = c["transformer_layers_per_block"][i] if "CrossAttn" in c["down_block_types"][i] else 0
-        return (4 * c["block_out_channels"][0], depth, c["attention_head_dim"][i], c["cross_attention_dim"],
-                c["norm_num_groups"])
+        has_attention = c["down_block_types"][i] == "CrossAttnDownBlock2D"
+        depth = c["transformer_layers_per_block"][i] if has_attention else 0
+        return dict(groups=c["norm_num_groups"], time_dim=4 * c["block_out_channels"][0], depth=depth,
+                    heads=c["attention_head_dim"][i], context_dim=c["cross_attention_dim"])
 
-    def number_text_layers(self):
-        """Gives each cross-attention its place in the list of `project_text`."""
-        for i, layer in enumerate(self.text_layers()):
-            layer.index = i
-
-    def text_layers(self):
-        return [m.attn2 for m in self.modules() if isinstance(m, TransformerBlock)]
-
-    def project_text(self, context):
-        """(B, L, D) caption -> keys and values of each cross-attention: once for all steps of a sampler."""
-        return [layer.project(context) for layer in self.text_layers()]
-
-    def recompute(self, on=True):
-        """Gradient checkpointing: blocks keep only their inputs and run again in backward. Returns self."""
+    def enable_checkpointing(self):
+        """Gradient checkpointing, less memory for a third more time: residual and transformer blocks keep
+        only their inputs, and run again in backward. Returns self."""
         for module in self.modules():
-            module.checkpointing = on
+            if isinstance(module, (ResnetBlock, TransformerBlock)):
+                module.forward = functools.partial(
+                    checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
         return self
 
-    def embed(self, t, pooled, time_ids):
-        """t (B,), pooled (B, P), time_ids (B, 6) -> (B, T)."""
-        dim = self.config["addition_time_embed_dim"]
-        sizes = fourier(time_ids.flatten(), dim).reshape(len(pooled), -1)  # (B, 6 dim)
-        time = self.time_embedding(fourier(t, self.config["block_out_channels"][0]))
-        return time + self.add_embedding(torch.cat([pooled, sizes.to(pooled.dtype)], dim=1))
+    def embed(self, t, pooled=None, time_ids=None):
+        """t (B,), pooled (B, P), time_ids (B, 6) -> (B, T): what every residual block adds to its channels.
+
+        time_ids are SDXL's micro-conditioning, six numbers in pixels: original H and W, top and left of the
+        crop, target H and W. SDXL trains on small and cropped pictures too. With these numbers as an input
+        it learns what blur and cuts come from, and (H, W, 0, 0, H, W) asks for a sharp, uncropped one."""
+        time = fourier(t, self.config["block_out_channels"][0])  # (B, C)
+        time = self.time_embedding(time)                         # (B, T)
+        if self.add_embedding is None:
+            return time
+        sizes = fourier(time_ids.flatten(), self.config["addition_time_embed_dim"])
+        sizes = sizes.reshape(len(pooled), -1).to(pooled.dtype)  # (B, 6 dim)
+        return time + self.add_embedding(torch.cat([pooled, sizes], dim=1))
 
     def encode(self, x, time, context):
         """x (B, C, H, W) after conv_in -> the middle block's output and the list of skips."""
@@ -542,56 +421,74 @@ class Encoder(nn.Module):
 
 
 class UNet(Encoder):
-    """The denoiser. Arguments: Encoder's, out_channels, and head_channels > 0 for a full-resolution head."""
+    """The denoiser. Arguments: out_channels, and Encoder's."""
 
-    def __init__(self, out_channels=4, head_channels=0, **encoder):
+    def __init__(self, out_channels=4, **encoder):
         super().__init__(**encoder)
-        self.config |= dict(out_channels=out_channels, head_channels=head_channels)
-        c, widths, layers = self.config, self.config["block_out_channels"], self.config["layers_per_block"]
-        last, patch = len(widths) - 1, self.config["patch_size"]
+        self.config["out_channels"] = out_channels
+        c = self.config
+        widths, patch, head_channels = c["block_out_channels"], c["patch_size"], c["head_channels"]
         self.up_blocks = nn.ModuleList()
+        skips, below = list(self.skip_channels), widths[-1]
         for i in reversed(range(len(widths))):
-            below, above, width = widths[min(i + 1, last)], widths[max(i - 1, 0)], widths[i]
-            pairs = [((width if j else below) + (width if j < layers else above), width)    # second: the skip
-                     for j in range(layers + 1)]
-            self.up_blocks.append(UpBlock(pairs, *self.attention(i), upsample=i > 0))
+            own = [skips.pop() for _ in range(c["layers_per_block"] + 1)]
+            self.up_blocks.append(UpBlock(below, widths[i], own, upsample=i > 0, **self.block_options(i)))
+            below = widths[i]
         self.conv_norm_out = nn.GroupNorm(c["norm_num_groups"], widths[0], 1e-5)
-        self.conv_out = nn.Conv2d(widths[0], (head_channels or out_channels) * patch ** 2, 3, padding=1)
-        heads = [(head_channels + c["in_channels"], head_channels), (head_channels, head_channels),
-                 (head_channels, out_channels)]
-        self.head = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in heads if head_channels)
+        self.conv_out = conv3x3(widths[0], (head_channels or out_channels) * patch ** 2)
         if head_channels:
+            self.head = nn.ModuleList([
+                conv3x3(head_channels + c["in_channels"], head_channels),
+                conv3x3(head_channels, head_channels),
+                conv3x3(head_channels, out_channels)])
             self.head_time = zero(nn.Linear(4 * widths[0], 2 * head_channels))
-        self.number_text_layers()
 
-    def forward(self, x, t, context, pooled, time_ids, residuals=None):
-        """x (B, in_channels, H, W), t (B,), context (B, L, D) or what project_text made of it, pooled (B, P),
-        time_ids (B, 6): original H W, crop top left, target H W; a ControlNet's residuals
-        -> (B, out_channels, H, W)."""
+    def forward(self, x, t, context=None, pooled=None, time_ids=None, residuals=None):
+        """-> (B, out_channels, H, W): the noise or the clean picture, as the schedule has it.
+
+        x          (B, in_channels, H, W), the noisy picture or latents
+        t          (B,), the time, from 0 to 1000
+        context    (B, L, D), a vector for each token of the caption, if cross_attention_dim is given
+        pooled     (B, P), one vector for the caption, and
+        time_ids   (B, 6), see `embed`: both if projection_class_embeddings_input_dim is given
+        residuals  what a ControlNet returns"""
         patch = self.config["patch_size"]
-        down, middle, fine = residuals or ((), 0, None)
-        x = x.to(self.conv_in.weight.dtype)                         # bf16 weights need no autocast
-        time = self.embed(t, pooled, time_ids)                      # (B, T)
-        h = self.conv_in(F.pixel_unshuffle(x, patch))               # (B, C, H / patch, W / patch)
-        h, skips = self.encode(h, time, context)
-        skips = [skip + r for skip, r in zip(skips, down, strict=True)] if down else skips
-        h = h + middle
+        x = x.to(self.conv_in.weight.dtype)                     # bf16 weights need no autocast
+        time = self.embed(t, pooled, time_ids)                  # (B, T)
+        h = F.pixel_unshuffle(x, patch)                         # (B, C p p, H / p, W / p)
+        h, skips = self.encode(self.conv_in(h), time, context)  # (B, C, h, w)
+        fine = None
+        if residuals is not None:
+            # Here a ControlNet adds to the UNet.
+            down, middle, fine = residuals
+            skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
+            h = h + middle
         for block in self.up_blocks:
-            h = block(h, skips, time, context)
-        h = self.conv_out(F.silu(self.conv_norm_out(h)))
-        h = F.pixel_shuffle(h, patch)                               # (B, C, H, W)
-        return self.sharpen(h, x, time, fine) if self.head else h
+            h = block(h, time, context, skips)
+        h = self.conv_out(F.silu(self.conv_norm_out(h)))        # (B, C p p, H / p, W / p)
+        h = F.pixel_shuffle(h, patch)                           # (B, C, H, W)
+        if self.config["head_channels"]:
+            h = self.refine(h, x, time, fine)                   # (B, out_channels, H, W)
+        return h
 
-    def sharpen(self, h, x, time, fine):
-        """The head: features, the noisy input and the ControlNet's `fine` residual at full resolution. The
-        time scales and shifts its channels: a nearly clean input is passed on, a noisy one is not."""
-        h = self.head[0](torch.cat([h, x], dim=1))                  # (B, head_channels, H, W)
+    def refine(self, h, x, time, fine=None):
+        """The full-resolution head. All p x p pixels of a patch come from one vector, which blurs edges; so
+        the last three convolutions see the features h (B, head_channels, H, W), the noisy input x and a
+        ControlNet's `fine` residual at full resolution. The time scales and shifts their channels: a nearly
+        clean input is passed on, a noisy one is not."""
+        h = self.head[0](torch.cat([h, x], dim=1))  # (B, head_channels, H, W)
         scale, shift = self.head_time(F.silu(time))[:, :, None, None].chunk(2, dim=1)
         h = h * (1 + scale) + shift
-        h = h if fine is None else h + fine
-        for layer in self.head[1:]:
-            h = layer(F.silu(h))
-        return h
+        if fine is not None:
+            h = h + fine
+        h = self.head[1](F.silu(h))
+        return self.head[2](F.silu(h))              # (B, out_channels, H, W)
+
+
+def zero_conv(channels):
+    """ControlNet's zero convolution. Its output is zero at first, so training starts from an undisturbed
+    UNet. Its gradient is not (it is the input times the output's gradient), so it learns from step one."""
+    return zero(nn.Conv2d(channels, channels, 1))
 
 
 class ConditioningEmbedding(nn.Module):
@@ -599,11 +496,11 @@ class ConditioningEmbedding(nn.Module):
 
     def __init__(self, in_channels, widths, out_channels):
         super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.conv_in = conv3x3(in_channels, widths[0])
         self.blocks = nn.ModuleList()
         for i, o in zip(widths, widths[1:]):
-            self.blocks += [nn.Conv2d(i, i, 3, padding=1), nn.Conv2d(i, o, 3, padding=1, stride=2)]
-        self.conv_out = zero(nn.Conv2d(widths[-1], out_channels, 3, padding=1))
+            self.blocks += [conv3x3(i, i), nn.Conv2d(i, o, 3, padding=1, stride=2)]
+        self.conv_out = zero(conv3x3(widths[-1], out_channels))
 
     def forward(self, x):
         x = F.silu(self.conv_in(x))
@@ -613,66 +510,88 @@ class ConditioningEmbedding(nn.Module):
 
 
 class ControlNet(Encoder):
-    """A copy of a UNet's encoder that sees a colour map; its zero convolutions add nothing until trained."""
+    """A copy of a UNet's encoder that sees a colour map; its zero convolutions add nothing until trained.
+
+    conditioning_channels                 of the colour map
+    conditioning_embedding_out_channels   widths of ConditioningEmbedding; each but the first halves the map
+    and Encoder's arguments"""
 
     def __init__(self, conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 96, 256),
-                 head_channels=0, **encoder):
+                 **encoder):
         super().__init__(**encoder)
-        self.config |= dict(conditioning_channels=conditioning_channels, head_channels=head_channels,
-                            conditioning_embedding_out_channels=conditioning_embedding_out_channels)
-        widths, layers = self.config["block_out_channels"], self.config["layers_per_block"]
+        self.config["conditioning_channels"] = conditioning_channels
+        self.config["conditioning_embedding_out_channels"] = conditioning_embedding_out_channels
+        widths, head_channels = self.config["block_out_channels"], self.config["head_channels"]
         self.controlnet_cond_embedding = ConditioningEmbedding(
             conditioning_channels, conditioning_embedding_out_channels, widths[0])
-        skips = [widths[0]] + [w for w in widths for _ in range(layers + 1)][:-1]  # one for each skip
-        self.controlnet_down_blocks = nn.ModuleList(zero(nn.Conv2d(c, c, 1)) for c in skips)
-        self.controlnet_mid_block = zero(nn.Conv2d(widths[-1], widths[-1], 1))
+        self.controlnet_down_blocks = nn.ModuleList(zero_conv(width) for width in self.skip_channels)
+        self.controlnet_mid_block = zero_conv(widths[-1])
         if head_channels:
             self.controlnet_head = nn.Sequential(
-                nn.Conv2d(conditioning_channels, head_channels, 3, padding=1), nn.SiLU(),
-                nn.Conv2d(head_channels, head_channels, 3, padding=1), nn.SiLU(),
-                zero(nn.Conv2d(head_channels, head_channels, 1)))
-        self.number_text_layers()
+                conv3x3(conditioning_channels, head_channels), nn.SiLU(),
+                conv3x3(head_channels, head_channels), nn.SiLU(),
+                zero_conv(head_channels))
 
     @classmethod
-    def from_unet(cls, unet, **arguments):
-        """A ControlNet for `unet` that starts as a copy of its encoder; arguments: its own, other depths."""
-        config = {k: v for k, v in unet.config.items() if k != "out_channels"}
-        net = cls(**config | arguments)
-        own = net.state_dict()
-        net.load_state_dict(own | {k: v for k, v in unet.state_dict().items() if k in own})
+    def from_unet(cls, unet, **own):
+        """A ControlNet for `unet` that starts as a copy of its encoder. own: ControlNet's own arguments."""
+        config = {key: value for key, value in unet.config.items() if key != "out_channels"}
+        net = cls(**config | own)
+        net.load_state_dict(unet.state_dict(), strict=False)  # not strict: each has parts of its own
         return net
 
-    def forward(self, x, t, context, pooled, time_ids, cond, scale=1.0):
+    def forward(self, x, t, context=None, pooled=None, time_ids=None, cond=None, scale=1.0):
         """As UNet's; cond: colour map (B, 3, H, W) in [0, 1] at the picture's full size -> residuals for the
         UNet: (one for each skip, one for the middle, one for the head or None), all times `scale`."""
-        x, cond = (a.to(self.conv_in.weight.dtype) for a in (x, cond))
-        time = self.embed(t, pooled, time_ids)                      # (B, T)
-        h = self.conv_in(F.pixel_unshuffle(x, self.config["patch_size"]))  # (B, C, h, w)
-        h, skips = self.encode(h + self.controlnet_cond_embedding(cond), time, context)
-        down = [zero_conv(skip) * scale for zero_conv, skip in zip(self.controlnet_down_blocks, skips)]
+        dtype = self.conv_in.weight.dtype
+        x, cond = x.to(dtype), cond.to(dtype)
+        time = self.embed(t, pooled, time_ids)        # (B, T)
+        h = self.conv_in(F.pixel_unshuffle(x, self.config["patch_size"]))
+        h = h + self.controlnet_cond_embedding(cond)  # (B, C, h, w)
+        h, skips = self.encode(h, time, context)
+        down = [conv(skip) * scale for conv, skip in zip(self.controlnet_down_blocks, skips)]
+        middle = self.controlnet_mid_block(h) * scale
         fine = self.controlnet_head(cond) * scale if self.config["head_channels"] else None
-        return down, self.controlnet_mid_block(h) * scale, fine
+        return down, middle, fine
 
 
-# ---- text --------------------------------------------------------------------------------------------------
+# ---- text of the small models ------------------------------------------------------------------------------
+
+class TextLayer(nn.Module):
+    """Self-attention and feed-forward over the words of a caption."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x, mask):
+        """x (B, L, D), mask (B, 1, 1, L): the words to attend to -> (B, L, D)."""
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)  # (B, L, D) each
+        x = x + self.out(attend(q, k, v, self.heads, attn_mask=mask))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
 
 class TextEncoder(nn.Module):
     """A small transformer over the words of a caption: no vocabulary, any language.
 
-    A token is a hash of a word (0: padding) and picks two rows of one table, whose sum stands for the word:
-    two words share both rows about once in rows**2 / 2. An empty caption is all padding and gives zeros: the
-    null condition."""
+    Hashed words: a token is a hash of a word (0: padding) and picks two rows of one table, whose sum stands
+    for the word. Two words may share one row and still differ; they share both about once in rows**2 / 2.
+
+    An empty caption is all padding and gives zeros. That is the null condition: training replaces some
+    captions by it, so that one network also learns to predict without a caption, as guidance needs."""
 
     def __init__(self, width=96, layers=2, heads=4, length=48, rows=1024):
         super().__init__()
         self.config = dict(width=width, layers=layers, heads=heads, length=length, rows=rows)
         self.token = nn.Embedding(rows, width)
         self.position = nn.Parameter(0.02 * torch.randn(length, width))
-        self.layers = nn.ModuleList(nn.ModuleDict({
-            "norm1": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width), "out": nn.Linear(width, width),
-            "norm2": nn.LayerNorm(width), "up": nn.Linear(width, 4 * width),
-            "down": nn.Linear(4 * width, width),
-        }) for _ in range(layers))
+        self.layers = nn.ModuleList(TextLayer(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.pool = nn.Linear(width, width, bias=False)
 
@@ -681,23 +600,22 @@ class TextEncoder(nn.Module):
         tokens = torch.zeros(len(captions), self.config["length"], dtype=torch.long)
         for row, caption in zip(tokens, captions):
             words = re.findall(r"\w+|[^\w\s]", caption.lower())[:len(row)]
-            row[:len(words)] = torch.tensor([zlib.crc32(word.encode()) + 1 for word in words])
+            hashes = [zlib.crc32(word.encode()) + 1 for word in words]  # Python's own hash is salted
+            row[:len(words)] = torch.tensor(hashes)
         return tokens
 
     def forward(self, tokens):
         """(B, L) -> context (B, L, D), zero at padding: cross-attention needs no mask; and pooled (B, D)."""
         rows = self.config["rows"]
-        real = tokens > 0                                           # (B, L)
-        seen = real | ~real.any(1, keepdim=True)                    # attention to nothing at all would be NaN
+        real = tokens > 0                      # (B, L)
+        # An empty caption attends to all its padding: attention to nothing would be NaN.
+        mask = real | ~real.any(1, keepdim=True)
         x = self.token(tokens % rows) + self.token(tokens // rows % rows) + self.position
         for layer in self.layers:
-            qkv = layer["qkv"](layer["norm1"](x))
-            qkv = rearrange(qkv, "b l (n h d) -> n b h l d", n=3, h=self.config["heads"])
-            h = F.scaled_dot_product_attention(*qkv, attn_mask=seen[:, None, None])  # (B, heads, L, d)
-            x = x + layer["out"](rearrange(h, "b h l d -> b l (h d)"))
-            x = x + layer["down"](F.gelu(layer["up"](layer["norm2"](x))))
+            x = layer(x, mask[:, None, None])  # (B, L, D)
         x = self.norm(x) * real[..., None]
-        return x, self.pool(x.sum(1) / real.sum(1, keepdim=True).clamp(min=1))
+        mean = x.sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+        return x, self.pool(mean)
 
 
 # ---- VAE ---------------------------------------------------------------------------------------------------
@@ -706,90 +624,90 @@ class PixelAttention(Attention):
     """One head of self-attention over the pixels of (B, C, H, W)."""
 
     def __init__(self, channels, groups):
-        super().__init__(channels, heads=1, bias=True)
+        super().__init__(channels, heads=1, context_dim=channels, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
 
     def forward(self, x, context=None):
-        h = super().forward(rearrange(self.group_norm(x), "b c h w -> b (h w) c"))  # (B, N, C)
+        h = rearrange(self.group_norm(x), "b c h w -> b (h w) c")  # (B, N, C)
+        h = super().forward(h, h)
         return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
 
 
-class VAEHalf(nn.Module):
-    """What the VAE's encoder and decoder have in common: first convolution, middle, last convolution."""
-
-    def __init__(self, in_channels, first, middle, last, out_channels, groups):
-        super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
-        self.mid_block = MidBlock(middle, None, 0, 0, 0, groups)
-        self.mid_block.attentions.append(PixelAttention(middle, groups))
-        self.conv_norm_out = nn.GroupNorm(groups, last, eps=1e-6)
-        self.conv_out = nn.Conv2d(last, out_channels, 3, padding=1)
-
-    def out(self, x):
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+class VAEMidBlock(MidBlock):
+    def __init__(self, channels, groups):
+        super().__init__(channels, groups=groups)
+        self.attentions.append(PixelAttention(channels, groups))
 
 
-class VAEEncoder(VAEHalf):
+class VAEEncoder(nn.Module):
+    """(B, in_channels, H, W) -> (B, 2 * latent_channels, h, w): mean and log variance."""
+
     def __init__(self, in_channels, latent_channels, widths, layers, groups):
-        super().__init__(in_channels, widths[0], widths[-1], widths[-1], 2 * latent_channels, groups)
+        super().__init__()
+        self.conv_in = conv3x3(in_channels, widths[0])
         self.down_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
-            pairs = [(widths[max(i - 1, 0)], width)] + [(width, width)] * (layers - 1)
-            self.down_blocks.append(DownBlock(pairs, None, 0, 0, 0, groups, downsample=i < len(widths) - 1))
+            downsample = i < len(widths) - 1
+            self.down_blocks.append(DownBlock(
+                widths[max(i - 1, 0)], width, layers, downsample, padding=0, groups=groups))
+        self.mid_block = VAEMidBlock(widths[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = conv3x3(widths[-1], 2 * latent_channels)
 
     def forward(self, x):
         x = self.conv_in(x)
         for block in self.down_blocks:
-            x = block(x, None, None)[0]                             # the skips are not kept
-        return self.out(self.mid_block(x, None, None))
+            x, _ = block(x)  # the skips are not kept
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-class VAEDecoder(VAEHalf):
+class VAEDecoder(nn.Module):
+    """(B, latent_channels, h, w) -> (B, out_channels, H, W)."""
+
     def __init__(self, out_channels, latent_channels, widths, layers, groups):
-        super().__init__(latent_channels, widths[-1], widths[-1], widths[0], out_channels, groups)
+        super().__init__()
+        self.conv_in = conv3x3(latent_channels, widths[-1])
+        self.mid_block = VAEMidBlock(widths[-1], groups)
         self.up_blocks = nn.ModuleList()
+        below = widths[-1]
         for i in reversed(range(len(widths))):
-            pairs = [(widths[min(i + 1, len(widths) - 1)], widths[i])] + [(widths[i], widths[i])] * layers
-            self.up_blocks.append(UpBlock(pairs, None, 0, 0, 0, groups, upsample=i > 0))
+            no_skips = [0] * (layers + 1)
+            self.up_blocks.append(UpBlock(below, widths[i], no_skips, upsample=i > 0, groups=groups))
+            below = widths[i]
+        self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
+        self.conv_out = conv3x3(widths[0], out_channels)
 
     def forward(self, z):
-        x = self.mid_block(self.conv_in(z), None, None)
+        x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
-            for resnet in block.resnets:
-                x = resnet(x)
-            for upsampler in block.upsamplers:
-                x = upsampler(x, (2 * x.shape[2], 2 * x.shape[3]))
-        return self.out(x)
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-class VAE(nn.Module):
+class VAE(Network):
     """SDXL's autoencoder: pictures (B, 3, H, W) in [-1, 1] <-> latents (B, 4, H / 8, W / 8).
 
-    Pictures go through it `slices` at a time, whatever the batch. It overflows in fp16."""
+    scaling_factor brings the latents to a standard deviation of about 1, as diffusion expects. Pictures go
+    through it `slices` at a time, whatever the batch, to save memory. It overflows in fp16."""
 
     def __init__(self, in_channels=3, out_channels=3, latent_channels=4,
                  block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32,
                  scaling_factor=0.13025):
         super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        self.factor = 2 ** (len(block_out_channels) - 1)            # pixels a latent, each way
+        self.config = arguments(locals())
+        self.factor = 2 ** (len(block_out_channels) - 1)  # pixels a latent, each way
         shape = latent_channels, block_out_channels, layers_per_block, norm_num_groups
         self.encoder = VAEEncoder(in_channels, *shape)
         self.decoder = VAEDecoder(out_channels, *shape)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
 
-    from_config = classmethod(from_config)
-
-    def moments(self, x, slices=4):
-        """(B, 3, H, W) in [-1, 1] -> mean and standard deviation of the latents, not yet scaled."""
-        h = torch.cat([self.quant_conv(self.encoder(part)) for part in x.split(slices)])
-        mean, logvar = h.chunk(2, dim=1)                            # (B, 4, h, w) each
-        return mean, (logvar.clamp(-30, 20) / 2).exp()
-
     def encode(self, x, slices=4):
-        """(B, 3, H, W) in [-1, 1] -> a sample of the latents, times the scaling factor."""
-        mean, std = self.moments(x, slices)
+        """(B, 3, H, W) in [-1, 1] -> a sample of the latents (B, 4, h, w), times the scaling factor."""
+        h = torch.cat([self.quant_conv(self.encoder(part)) for part in x.split(slices)])
+        mean, logvar = h.chunk(2, dim=1)  # (B, 4, h, w) each
+        std = (logvar.clamp(-30, 20) / 2).exp()
         return (mean + std * torch.randn_like(mean)) * self.config["scaling_factor"]
 
     def decode(self, z, slices=4):
@@ -800,84 +718,95 @@ class VAE(nn.Module):
 
 # ---- CLIP --------------------------------------------------------------------------------------------------
 
-class CLIPAttention(nn.Module):
-    """Causal self-attention of (B, L, D)."""
+def quick_gelu(x):
+    """The approximation of GELU that OpenAI's CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
 
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, x):
-        q, k, v = (rearrange(to(x), "b l (h d) -> b h l d", h=self.heads)
-                   for to in (self.q_proj, self.k_proj, self.v_proj))
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, L, d)
-        return self.out_proj(rearrange(x, "b h l d -> b l (h d)"))
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
 class CLIPLayer(nn.Module):
-    def __init__(self, width, inner, heads, act, eps):
+    """Causal self-attention (a token sees itself and those before it) and feed-forward over (B, L, D)."""
+
+    def __init__(self, width, inner, heads, activation, eps):
         super().__init__()
-        if act not in ("quick_gelu", "gelu"):
-            raise ValueError(f"hidden_act = {act!r} is not supported, only 'quick_gelu' and 'gelu'")
-        self.quick = act == "quick_gelu"
-        self.layer_norm1, self.self_attn = nn.LayerNorm(width, eps), CLIPAttention(width, heads)
+        self.heads = heads
+        self.activation = ACTIVATIONS[activation]
+        self.layer_norm1 = nn.LayerNorm(width, eps)
+        names = "q_proj", "k_proj", "v_proj", "out_proj"
+        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in names})
         self.layer_norm2 = nn.LayerNorm(width, eps)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, inner), "fc2": nn.Linear(inner, width)})
 
     def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
+        h = self.layer_norm1(x)
+        q, k, v = (self.self_attn[name](h) for name in ("q_proj", "k_proj", "v_proj"))
+        h = attend(q, k, v, self.heads, is_causal=True)
+        x = x + self.self_attn["out_proj"](h)
         h = self.mlp["fc1"](self.layer_norm2(x))
-        return x + self.mlp["fc2"](h * torch.sigmoid(1.702 * h) if self.quick else F.gelu(h))
+        return x + self.mlp["fc2"](self.activation(h))
 
 
-class CLIPText(nn.Module):
-    """One of SDXL's text encoders; it reads the layer before the last, and the second's pooled vector."""
+class CLIPText(Network):
+    """One of SDXL's text encoders. SDXL reads the layer before the last, and the second's pooled vector.
+
+    Arguments: the keys of the public config.json; projection: whether the pooled vector is projected to
+    projection_dim (the second encoder)."""
 
     def __init__(self, vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
                  num_attention_heads=12, max_position_embeddings=77, hidden_act="quick_gelu",
                  layer_norm_eps=1e-5, eos_token_id=2, projection_dim=768, projection=False):
         super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        layer = hidden_size, intermediate_size, num_attention_heads, hidden_act, layer_norm_eps
-        layers = [CLIPLayer(*layer) for _ in range(num_hidden_layers)]
+        self.config = arguments(locals())
+        if hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {hidden_act!r}: use one of {', '.join(ACTIVATIONS)}.")
+        layers = [CLIPLayer(hidden_size, intermediate_size, num_attention_heads, hidden_act, layer_norm_eps)
+                  for _ in range(num_hidden_layers)]
         self.text_model = nn.ModuleDict({
             "embeddings": nn.ModuleDict({
                 "token_embedding": nn.Embedding(vocab_size, hidden_size),
                 "position_embedding": nn.Embedding(max_position_embeddings, hidden_size)}),
             "encoder": nn.ModuleDict({"layers": nn.ModuleList(layers)}),
             "final_layer_norm": nn.LayerNorm(hidden_size, layer_norm_eps)})
-        self.text_projection = nn.Linear(hidden_size, projection_dim, bias=False) if projection else None
-        self.register_load_state_dict_pre_hook(public_clip_keys)
-
-    from_config = classmethod(from_config)
+        self.text_projection = nn.Identity()
+        if projection:
+            self.text_projection = nn.Linear(hidden_size, projection_dim, bias=False)
+        self.register_load_state_dict_pre_hook(rename_clip_keys)
 
     def forward(self, tokens):
-        """(B, L) long -> context (B, L, D) of the layer before the last, pooled (B, projection_dim or D)."""
+        """(B, L) long -> context (B, L, D) of the layer before the last, pooled (B, projection_dim or D).
+
+        Pooled is the vector of the first end token: attention is causal, so it is the first that has seen
+        every word. Official config files name token 2 as the end, a known mistake: the end token is the
+        vocabulary's largest id. Of several largest values, argmax gives the first."""
         part = self.text_model
-        x = part["embeddings"]["token_embedding"](tokens)           # (B, L, D)
+        x = part["embeddings"]["token_embedding"](tokens)  # (B, L, D)
         x = x + part["embeddings"]["position_embedding"].weight[:tokens.shape[1]]
         for layer in part["encoder"]["layers"]:
-            context, x = x, layer(x)
-        # Official files say 2, which is not the end token: the largest id is. Both: the first of them.
+            context, x = x, layer(x)                       # (B, L, D) each: before and after a layer
         eos = self.config["eos_token_id"]
-        end = tokens.argmax(1) if eos == 2 else (tokens == eos).int().argmax(1)   # (B,)
-        pooled = part["final_layer_norm"](x[torch.arange(len(x), device=x.device), end])
-        return context, self.text_projection(pooled) if self.text_projection else pooled
+        is_end = tokens if eos == 2 else (tokens == eos).int()
+        end = is_end.argmax(1)                             # (B,)
+        pooled = x[torch.arange(len(x), device=x.device), end]
+        return context, self.text_projection(part["final_layer_norm"](pooled))
 
 
-def public_clip_keys(model, state, *_):
+def rename_clip_keys(model, state, *_):
     """Before loading: recent public files leave out `text_model.`, old ones hold a table of positions."""
     state.pop("text_model.embeddings.position_ids", None)
-    for key in [k for k in state if k.startswith(("embeddings.", "encoder.", "final_layer_norm."))]:
-        state[f"text_model.{key}"] = state.pop(key)
+    for key in list(state):
+        if key.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
+            state[f"text_model.{key}"] = state.pop(key)
 
 
-# CLIP's regular expression over a text's character classes, as Python's `re` knows no \p{L} and \p{N}. By
-# then every white space is a blank.
-WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^ a-z0-9]+")
-SPACES = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space
+# ---- CLIP's tokenizer --------------------------------------------------------------------------------------
+
 START, END = "<|startoftext|>", "<|endoftext|>"
+# Unicode's White_Space: Python's \s has a few more.
+SPACES = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# CLIP's regular expression, over the classes of a text's characters: Python's `re` knows no \p{L} and \p{N}.
+WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^ a-z0-9]+")
 
 
 def character_class(c):
@@ -885,87 +814,84 @@ def character_class(c):
     return c if c < "\x80" else {"L": "a", "N": "0"}.get(unicodedata.category(c)[0], "!")
 
 
+def split_words(text):
+    """A text -> its words: lower case, every white space a blank, cut where CLIP's expression cuts."""
+    text = unicodedata.normalize("NFC", text)
+    text = re.sub(f"[{SPACES}]+", " ", text)
+    text = "".join(c.lower() for c in text)  # one by one: Python lowers a final sigma in another way
+    classes = "".join(character_class(c) for c in text)  # as long as the text
+    return [text[match.start():match.end()] for match in WORDS.finditer(classes)]
+
+
 def byte_characters():
-    """Byte -> the character that stands for it in vocab.json: itself if printable, else one from 256 on."""
+    """Byte -> the character that stands for it in a vocabulary: itself if printable, else one from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    characters = {byte: chr(byte) for byte in printable}
+    return characters | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def read_vocabulary(folder):
+    """A tokenizer's folder -> (token -> id, the merges in order): from vocab.json and merges.txt, or from
+    tokenizer.json, which recent versions write."""
+    if (folder / "vocab.json").exists():
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [line.split() for line in lines if line and not line.startswith("#version")]
+        return read_json(folder / "vocab.json"), merges
+    model = read_json(folder / "tokenizer.json")["model"]
+    return model["vocab"], [m.split() if isinstance(m, str) else m for m in model["merges"]]
 
 
 class CLIPTokenizer:
-    """CLIP's byte-pair encoding, from a folder's vocab.json and merges.txt, or its tokenizer.json.
+    """CLIP's byte-pair encoding: a word starts as its bytes; then the pair of neighbours that comes first in
+    the list of merges is joined, again and again, until no pair is in the list.
 
-    Raises ValueError where there is neither, or a token is lost. A padding token other than the end (`!` in
-    SDXL's second) is special wherever it stands in a caption, as in the public tokenizer."""
+    Start, end and padding tokens that stand in a caption count as such, as in the public tokenizer (SDXL's
+    second one pads with `!`). Raises ValueError if one of them is not in the vocabulary."""
 
     def __init__(self, folder, length=77):
         folder = pathlib.Path(folder)
-        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            self.ids = read_json(folder / "vocab.json")
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-            merges = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
-        elif (folder / "tokenizer.json").exists():
-            model = read_json(folder / "tokenizer.json").get("model") or {}
-            self.ids = model.get("vocab") or {}
-            merges = [m.split() if isinstance(m, str) else m for m in model.get("merges") or ()]
-        else:
-            raise ValueError(f"{folder}: looked for a CLIP tokenizer's vocab.json and merges.txt (or "
-                             "tokenizer.json), found none; download them")
-        self.ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
-        config = folder / "tokenizer_config.json"
-        pad = read_json(config).get("pad_token", END) if config.exists() else END
-        pad = pad.get("content") if isinstance(pad, dict) else pad
-        self.length, self.bytes, self.cache = length, byte_characters(), {}
-        ends = [c + end for c in self.bytes.values() for end in ("", "</w>")]
-        if lost := [s for s in (START, END, pad, *ends, *map("".join, merges)) if s not in self.ids]:
-            raise ValueError(f"{folder}: looked for a CLIP tokenizer (start, end, pad_token, bytes, merges), "
-                             f"found no {lost[0]!r} in its vocabulary; download it again")
+        self.ids, merges = read_vocabulary(folder)
+        pad = read_json(folder / "tokenizer_config.json").get("pad_token", END)
+        special = {START, END, pad}
+        if not special <= self.ids.keys():
+            raise ValueError(f"{folder}: no {START}, {END} or {pad} in its vocabulary. Download it again.")
         self.pad = self.ids[pad]
-        self.specials = re.compile("(" + "|".join(re.escape(s) for s in {START, END, pad}) + ")")
+        self.special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
+        self.ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
+        self.length = length
+        self.bytes = byte_characters()
 
     def __call__(self, captions):
         """B captions -> (B, length) long: start, at most length - 2 tokens, end, padding."""
         rows = []
         for caption in captions:
-            ids = [self.ids[START], *self.encode(caption)[:self.length - 2], self.ids[END]]
+            ids = self.encode(caption)[:self.length - 2]
+            ids = [self.ids[START], *ids, self.ids[END]]
             rows.append(ids + [self.pad] * (self.length - len(ids)))
         return torch.tensor(rows)
 
     def encode(self, text):
         """A caption -> the list of its ids, without start and end."""
         ids = []
-        for i, part in enumerate(self.specials.split(text)):
-            ids += [self.ids[part]] if i % 2 else [n for word in self.words(part) for n in self.merge(word)]
+        for i, part in enumerate(self.special.split(text)):
+            if i % 2:  # a special token; the text between them is at 0, 2, ...
+                ids.append(self.ids[part])
+            else:
+                ids += [token for word in split_words(part) for token in self.merge(word)]
         return ids
 
-    def words(self, text):
-        """Normalised text, cut where CLIP's expression cuts it."""
-        text = re.sub(f"[{SPACES}]+", " ", unicodedata.normalize("NFC", text))
-        text = "".join(c.lower() for c in text)        # each alone: Python treats a last sigma otherwise
-        classes = "".join(map(character_class, text))   # as long as the text
-        return [text[m.start():m.end()] for m in WORDS.finditer(classes)]
-
     def merge(self, word):
-        """The ids of a word: its bytes, the pair of lowest rank merged until none is left."""
-        if word not in self.cache:
-            parts = [self.bytes[b] for b in word.encode()]
-            parts[-1] += "</w>"
-            while (best := min(zip(parts, parts[1:]), default=None,
-                               key=lambda pair: self.ranks.get(pair, math.inf))) in self.ranks:
-                parts = merged(parts, best)
-            self.cache[word] = [self.ids[p] for p in parts]
-        return self.cache[word]
-
-
-def merged(parts, pair):
-    """The list with every occurrence of the two neighbours `pair` joined, from the left."""
-    out = []
-    for part in parts:
-        if out and (out[-1], part) == pair:
-            out[-1] += part             # longer than pair[0] now: never the left of `pair` again
-        else:
-            out.append(part)
-    return out
+        """The ids of a word."""
+        parts = [self.bytes[byte] for byte in word.encode()]
+        parts[-1] += "</w>"  # the end of a word
+        while len(parts) > 1:
+            ranks = [self.ranks.get(pair, math.inf) for pair in zip(parts, parts[1:])]
+            if min(ranks) == math.inf:
+                break
+            i = ranks.index(min(ranks))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        return [self.ids[part] for part in parts]
 
 
 class SDXLText(nn.Module):
@@ -976,71 +902,188 @@ class SDXLText(nn.Module):
 
     def __init__(self, text_encoder, text_encoder_2, tokenizer, tokenizer_2):
         super().__init__()
-        self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
+        self.text_encoder = text_encoder
+        self.text_encoder_2 = text_encoder_2
         self.tokenizers = tokenizer, tokenizer_2
         self.requires_grad_(False)
 
     @classmethod
-    def read(cls, folder, device="cpu", dtype=torch.float32):
-        """From a public folder. Raises ValueError in one line."""
+    def from_folder(cls, folder, device="cpu", dtype=torch.float32):
+        """From a folder of SDXL. Raises ValueError or OSError."""
         folder = pathlib.Path(folder)
-        encoders = [read_part(CLIPText, folder / f"text_encoder{end}", device, dtype) for end in ("", "_2")]
-        lengths = [encoder.config["max_position_embeddings"] for encoder in encoders]
-        return cls(*encoders, *(CLIPTokenizer(folder / f"tokenizer{end}", length)
-                                for end, length in zip(("", "_2"), lengths)))
+        return cls(
+            read_part(CLIPText, folder / "text_encoder", device, dtype),
+            read_part(CLIPText, folder / "text_encoder_2", device, dtype),
+            CLIPTokenizer(folder / "tokenizer"),
+            CLIPTokenizer(folder / "tokenizer_2"))
 
     def tokenize(self, captions):
         """B captions -> (B, 2, 77) long on the CPU; an empty caption is all zeros."""
         tokens = torch.stack([tokenizer(captions) for tokenizer in self.tokenizers], dim=1)
-        return tokens * torch.tensor([bool(caption.strip()) for caption in captions])[:, None, None]
+        real = torch.tensor([bool(caption.strip()) for caption in captions])
+        return tokens * real[:, None, None]
 
     @torch.no_grad()
     def forward(self, tokens):
         """(B, 2, 77) -> context (B, 77, D + D_2): the layers before the last; the second's pooled (B, P)."""
-        first, _ = self.text_encoder(tokens[:, 0])                  # (B, 77, D)
-        second, pooled = self.text_encoder_2(tokens[:, 1])          # (B, 77, D_2), (B, P)
-        real = tokens.flatten(1).any(1)                             # (B,): a caption has start and end
-        return torch.cat([first, second], dim=2) * real[:, None, None], pooled * real[:, None]
+        first, _ = self.text_encoder(tokens[:, 0])          # (B, 77, D)
+        second, pooled = self.text_encoder_2(tokens[:, 1])  # (B, 77, D_2), (B, P)
+        real = tokens.flatten(1).any(1)                     # (B,): a caption has start and end
+        context = torch.cat([first, second], dim=2)         # (B, 77, D + D_2)
+        return context * real[:, None, None], pooled * real[:, None]
 
 
-def shapes(net):
-    """A network on the meta device -> what shapes go in and come out, as text: 64 px small, 768 px SDXL's."""
-    c, zeros = net.config, torch.zeros
-    if isinstance(net, VAE):
-        x = zeros(1, 3, 768, 768)
-        z = net.encode(x)
-        return f"picture {tuple(x.shape)} -> latents {tuple(z.shape)} -> picture {tuple(net.decode(z).shape)}"
-    if isinstance(net, (TextEncoder, CLIPText)):
-        tokens = zeros(1, c.get("length") or c["max_position_embeddings"], dtype=torch.long)
-        context, pooled = net(tokens)
-        return f"tokens {tuple(tokens.shape)} -> context {tuple(context.shape)}, pooled {tuple(pooled.shape)}"
-    side, pixels, length = (64, 64, 48) if c["patch_size"] > 1 else (96, 768, 77)
-    pooled = zeros(1, c["projection_class_embeddings_input_dim"] - 6 * c["addition_time_embed_dim"])
-    x, context = zeros(1, c["in_channels"], side, side), zeros(1, length, c["cross_attention_dim"])
-    if isinstance(net, UNet):
-        out = net(x, zeros(1), context, pooled, zeros(1, 6))
-        return f"x {tuple(x.shape)}, context {tuple(context.shape)} -> {tuple(out.shape)}"
-    cond = zeros(1, c["conditioning_channels"], pixels, pixels)
-    down, middle, _ = net(x, zeros(1), context, pooled, zeros(1, 6), cond)
-    return f"x {tuple(x.shape)}, map {tuple(cond.shape)} -> {len(down)} skips, middle {tuple(middle.shape)}"
+# ---- public folders ----------------------------------------------------------------------------------------
+
+# What a public config.json must say: options that change what is computed, but no tensor's name or shape.
+# All others show when the weights are loaded, strictly.
+SHARED = {"act_fn": "silu", "addition_embed_type": "text_time", "flip_sin_to_cos": True, "freq_shift": 0,
+          "norm_eps": 1e-5, "resnet_time_scale_shift": "default", "use_linear_projection": True}
+REQUIRED = {
+    "UNet": SHARED | {"_class_name": "UNet2DConditionModel", "time_embedding_type": "positional"},
+    "ControlNet": SHARED | {"_class_name": "ControlNetModel"},
+    "VAE": {"_class_name": "AutoencoderKL", "act_fn": "silu"},
+    "CLIPText": {"model_type": "clip_text_model"},
+}
+OWN_ARGUMENTS = {"patch_size", "head_channels", "projection"}  # those with no public name
+
+
+def required_values(cls, config):
+    """REQUIRED, and for a UNet the up blocks that mirror its down blocks."""
+    if cls is not UNet:
+        return REQUIRED[cls.__name__]
+    up = [kind.replace("Down", "Up") for kind in reversed(config.get("down_block_types", ()))]
+    return REQUIRED["UNet"] | {"up_block_types": up}
+
+
+def public_arguments(cls, config, where):
+    """The constructor arguments in the dict of a public config.json. Raises ValueError, naming the key."""
+    required = required_values(cls, config)
+    signatures = [inspect.signature(c).parameters.values() for c in cls.__mro__]  # UNet's and Encoder's
+    names = {p.name for s in signatures for p in s if p.default is not p.empty} - OWN_ARGUMENTS
+    for key in sorted(names | required.keys()):
+        value = config.get(key, "missing")
+        if key not in config or value != required.get(key, value):
+            raise ValueError(f"{where}: {key} is {value}. Give a {cls.__name__} of SDXL's kind.")
+    found = {name: config[name] for name in names}
+    if "CLIPTextModelWithProjection" in config.get("architectures", ()):
+        found["projection"] = True
+    return found
+
+
+def read_json(path):
+    """A JSON file -> what it holds. Raises ValueError, naming the path, or OSError."""
+    try:
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file ({error}). Download it again.")
+
+
+def weight_files(folder):
+    """A part of a public folder -> its safetensors files: one or several shards, fp32 before fp16."""
+    folder = pathlib.Path(folder)
+    for variant in ("", ".fp16"):
+        for name in ("diffusion_pytorch_model", "model"):
+            path = folder / f"{name}{variant}.safetensors"
+            index = folder / f"{name}.safetensors.index{variant}.json"
+            if path.exists():
+                return [path]
+            if index.exists():
+                shards = read_json(index)["weight_map"].values()
+                return [folder / shard for shard in sorted(set(shards))]
+    raise ValueError(f"{folder}: no weights as .safetensors. Download them (pickles are not read).")
+
+
+def read_tensors(files, device="cpu", dtype=torch.float32):
+    """safetensors files -> one dict of tensors, as `dtype`. Raises ValueError, naming the file."""
+    state = {}
+    for path in files:
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                state |= {name: file.get_tensor(name).to(dtype) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path}: {error}. Download it again.")
+    return state
+
+
+def load_weights(net, folder, device=None, dtype=None):
+    """Gives a network the weights of a public folder, on the network's device and as its dtype unless others
+    are given. Raises ValueError, naming the folder, if a key is missing or extra or has another shape."""
+    first = next(net.parameters())
+    state = read_tensors(weight_files(folder), device or first.device, dtype or first.dtype)
+    try:
+        net.load_state_dict(state, assign=True)      # the tensors as read: no second copy
+    except RuntimeError as error:
+        problem = str(error).split("\n")[1].strip()  # the first of torch's list
+        raise ValueError(f"{folder}: not the weights of this {type(net).__name__}. {problem[:200]} "
+                         "Give one of the same shape, or download it again.")
+
+
+def read_part(cls, folder, device="cpu", dtype=torch.float32):
+    """One part of a public folder -> the network with its weights, in eval mode.
+
+    Raises ValueError if config.json or the weights are of another network or damaged, OSError if a file is
+    missing."""
+    path = pathlib.Path(folder) / "config.json"
+    with torch.device("meta"):  # shapes without memory, until it is read
+        net = cls.from_config(read_json(path), path)
+    load_weights(net, folder, device, dtype)
+    return net.eval()
+
+
+def is_sdxl(folder):
+    """Whether a folder is in the layout of the public pipelines (several networks, one folder each)."""
+    folder = pathlib.Path(folder)
+    return (folder / "model_index.json").exists() or (folder / "unet" / "config.json").exists()
+
+
+def check_sdxl(folder):
+    """Raises ValueError unless a folder holds every part of a StableDiffusionXLPipeline."""
+    folder = pathlib.Path(folder)
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    if kind != "StableDiffusionXLPipeline":
+        raise ValueError(f"{folder}: it is a {kind}. Give a StableDiffusionXLPipeline, such as SDXL 1.0.")
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"):
+        if not (folder / part).is_dir():
+            raise ValueError(f"{folder / part}: no such folder. Download this part of SDXL.")
+    channels = read_json(folder / "unet" / "config.json").get("in_channels")
+    latents = read_json(folder / "vae" / "config.json").get("latent_channels")
+    if channels != latents:
+        raise ValueError(f"{folder}: the UNet's in_channels is {channels}, the VAE's latent_channels is "
+                         f"{latents}. Give a UNet for this VAE.")
+
+
+# ---- the sizes and shapes of every preset ------------------------------------------------------------------
+
+def build(preset):
+    """The networks of a preset -> a dict by name."""
+    own = PRESETS[preset]
+    nets = {"unet": UNet(**own["unet"])}
+    nets["controlnet"] = ControlNet.from_unet(nets["unet"], **own["controlnet"])
+    if preset == "tiny":
+        return nets | {"text": TextEncoder(**own["text"])}
+    encoders = CLIPText(**own["text_encoder"]), CLIPText(**own["text_encoder_2"])
+    return nets | {"text": SDXLText(*encoders, None, None), "vae": VAE(**own["vae"])}
 
 
 def main():
-    """Prints how many parameters every network of every preset has and where, and its shapes."""
-    for preset, networks in PRESETS.items():
-        for name, arguments in networks.items():
-            cls = dict(unet=UNet, controlnet=ControlNet, vae=VAE, text=TextEncoder).get(name, CLIPText)
-            if preset == "tiny" and name == "controlnet":
-                arguments = {k: v for k, v in networks["unet"].items() if k != "out_channels"} | arguments
-            with torch.device("meta"), torch.no_grad():             # shapes without memory
-                net = cls(**arguments)
-                said = shapes(net)
-            count = sum(p.numel() for p in net.parameters())
-            tensors = len(net.state_dict())
-            print(f"{preset}/{name}: {cls.__name__}, {count / 1e6:.2f}M parameters in {tensors} tensors")
-            print(f"    {said}")
-            for part, module in net.named_children():
-                print(f"    {part:28}{sum(p.numel() for p in module.parameters()) / 1e6:9.2f}M")
+    """Prints how many parameters every network of every preset has and where, and the shapes of one pass."""
+    for preset, side, tokens in (("tiny", 64, (1, 48)), ("sdxl", 768, (1, 2, 77))):
+        with torch.device("meta"), torch.no_grad():  # shapes without memory
+            nets = build(preset)
+            picture = torch.zeros(1, 3, side, side)
+            x = nets["vae"].encode(picture) if "vae" in nets else picture
+            context, pooled = nets["text"](torch.zeros(tokens, dtype=torch.long))
+            inputs = x, torch.zeros(1), context, pooled, torch.zeros(1, 6)
+            down, middle, _ = nets["controlnet"](*inputs, picture)
+            prediction = nets["unet"](*inputs)
+        shapes = dict(picture=picture, x=x, context=context, pooled=pooled, prediction=prediction)
+        print(f"{preset}:", ", ".join(f"{name} {tuple(t.shape)}" for name, t in shapes.items()))
+        print(f"    a ControlNet's residuals: {[tuple(t.shape) for t in (*down, middle)]}")
+        for name, net in nets.items():
+            for part, module in [("", net), *net.named_children()]:
+                count = sum(p.numel() for p in module.parameters())
+                print(f"    {name:12}{part:28}{count / 1e6:9.2f}M parameters")
 
 
 if __name__ == "__main__":
