@@ -1,61 +1,64 @@
 """ImgSyn: human masks -> new images: every annotation gets as many pictures as are asked for.
 
-Paper: SegGen (2311.03355) section 3, ImgSyn. ADE20K: 50 images a mask; COCO: 10 images a mask; 40 steps [N].
+Paper:   SegGen (2311.03355) section 3, ImgSyn. ADE20K: 50 images a mask; COCO: 10; 40 steps [N].
 Differs: DPM-Solver++(2M) in 15 steps.
-Reads: masks/ and captions/ of --data's train split; a trained Mask2Img.
-Writes: OUT pair folder (classes.json, images, masks, instances, captions), meta.json, samples.png.
-Needs: unet.py, diffusion.py, text2mask.py, mask2img.py, masksyn.py (the writing loop).
+Reads:   masks/ and captions/ of --data's train split; a trained Mask2Img.
+Writes:  OUT pair folder (classes.json, images, masks, instances, captions), meta.json, samples.png.
+Needs:   unet.py, diffusion.py, text2mask.py, mask2img.py, masksyn.py (the writing loop), data/pairs.py.
+
     python imgsyn.py                                         # 64 pairs from the shipped demo weights
     python imgsyn.py --per-mask 4 --limit 100 --out out/shapes/imgsyn4
-Dimension key: B batch, H W pixels, K classes.
+
+Dimension key: B batch, H W pixels, K classes. A job is (source name, k): the k-th image of a mask.
 """
 import argparse
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 import diffusion
+from data.pairs import PairFolder, check_classes, dataset_name, find_split, run
 from diffusion import seed_of
 from mask2img import Mask2Img
-from masksyn import about, demo_or_trained, mask2img_flags, synthesize
-from text2mask import (check_classes, dataset_folder, names_of, outlined, placed, read_captions, read_classes,
-                       read_ids)
+from masksyn import describe, find_weights, synthesis_flags, synthesize
+from text2mask import ResizeCrop, outline
 
 
-def read_mask(folder, name, K, size):
-    """A human mask at the generator's (H, W) -> class ids and instances or None, both (H, W) uint8."""
-    ids = read_ids(folder / "masks" / f"{name}.png", K)
-    fit, *_ = placed((ids.shape[1], ids.shape[0]), size, None)
-    path = folder / "instances" / f"{name}.png"
-    maps = [ids, read_ids(path, 255, ids.shape[::-1])] if path.exists() else [ids]
-    maps = [np.asarray(fit(Image.fromarray(m))) for m in maps]
-    return maps[0], (maps[1] if len(maps) > 1 else None)
-
-
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description="ImgSyn: human masks -> new images.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    mask2img_flags(parser, 64, ("--per-mask",))
+    synthesis_flags(parser, "--per-mask")
     parser.add_argument("--split", default="train", help="the split whose masks are used")
-    args = parser.parse_args()
-    device, _, _ = diffusion.start(args.device)
-    folder = dataset_folder(args.data, args.split)
-    path = demo_or_trained(args.data, "mask2img", args.mask2img)
-    printer, classes = diffusion.load(Mask2Img, path, device), read_classes(folder)
-    check_classes(classes, printer.config["classes"], path)
-    sources, K = [name for _, name in names_of(folder)][:args.limit], len(classes)
+    args = parser.parse_args(argv)
+    device, _, _ = diffusion.setup(args.device)
+    path = find_weights(args.data, "mask2img", args.mask2img)
+    pairs = PairFolder(find_split(args.data, args.split), ("ids", "instances"))
+    mask2img = diffusion.load(Mask2Img, path, device)
+    check_classes(mask2img.config["classes"], pairs.classes, path)
+    position = {name: i for i, name in enumerate(pairs.names)}
+    K, size = len(pairs.classes), mask2img.config["size"]
+
+    def read_mask(i):
+        """Mask i at the size of Mask2Img -> class ids and instances, both (H, W) uint8."""
+        pair = pairs.read(i)
+        crop = ResizeCrop(pair["ids"].shape, size)
+        return crop(pair["ids"]), crop(pair["instances"])
 
     def make(jobs):
-        masks = [read_mask(folder, source, K, printer.config["size"]) for source, _ in jobs]
-        lines = [read_captions(folder, source, classes, ids) for (source, _), (ids, _) in zip(jobs, masks)]
-        captions = [choices[k % len(choices)] for (_, k), choices in zip(jobs, lines)]
-        edged = [printer.config["edges"] and instances is not None for _, instances in masks]
-        drawn = [outlined(*m, K) if edge else m[0] for m, edge in zip(masks, edged)]
+        """Jobs -> the arguments of write_pair of each: a human mask, and a new image on it."""
+        masks = [read_mask(position[source]) for source, _ in jobs]      # [(ids, instances)]
+        lines = [pairs.captions(position[source]) for source, _ in jobs]
+        captions = [choices[k % len(choices)] for choices, (_, k) in zip(lines, jobs)]
+        edges = mask2img.config["edges"] and pairs.has_instances
+        seen = np.stack([outline(*mask, K) if edges else mask[0] for mask in masks])
         seeds = [seed_of(args.seed, *job, "image") for job in jobs]
-        images = printer.sample(np.stack(drawn), captions, seeds, args.steps, args.guidance, args.sampler)
-        return [(caption, m[1], m[0], image) for caption, m, image in zip(captions, masks, images)]
-    synthesize(args, "imgsyn", folder, sources, make, classes, about(args, folder, mask2img=path))
+        images = mask2img.sample(seen, captions, seeds, args.steps, args.guidance, args.sampler)
+        return [dict(image=image, ids=ids, instances=instances if pairs.has_instances else None,
+                     captions=[caption]) for image, (ids, instances), caption in zip(images, masks, captions)]
+    out = args.out or Path("out") / dataset_name(args.data) / "imgsyn"
+    meta = describe(args, pairs.fingerprint(), mask2img=path)
+    synthesize(args, out, pairs.names[:args.limit], make, pairs.classes, meta)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,207 +1,242 @@
 """MaskSyn: captions -> new masks -> new images: training pairs whose layout no human has drawn.
 
-Text2Mask paints masks of a training caption, Mask2Img paints an image on each. The mask is the label, so what
-a segmenter learns is not capped by another segmenter.
+Text2Mask paints masks of a training caption, and Mask2Img paints an image on each. The mask is the label, so
+what a segmenter can learn is not capped by another segmenter.
 
-Paper: SegGen (2311.03355) section 3, MaskSyn. ADE20K: 10 new pairs a training image; masks in 200 steps of
-       EDM's sampler, images in 40 steps [N].
+Paper:   SegGen (2311.03355) section 3, MaskSyn. ADE20K: 10 new pairs a training image; masks in 200 steps of
+         EDM's sampler, images in 40 steps [N].
 Differs: EDM in 12 steps (masks), DPM-Solver++(2M) in 15 (images); masks are cleaned of specks; instances are
-       connected regions.
-Reads: captions/ of --data's train split; trained Text2Mask and Mask2Img.
-Writes: OUT pair folder (classes.json, images, masks, instances, captions), meta.json, samples.png.
-Needs: unet.py, diffusion.py, text2mask.py, mask2img.py.
+         connected regions.
+Reads:   captions/ of --data's train split; a trained Text2Mask and Mask2Img.
+Writes:  OUT pair folder (classes.json, images, masks, instances, captions), meta.json, samples.png.
+Needs:   unet.py, diffusion.py, text2mask.py, mask2img.py, data/pairs.py.
+
     python masksyn.py                                        # 64 pairs from the shipped demo weights
+    python masksyn.py --prompt "two red houses by the water at sunset" --count 8
     torchrun --nproc_per_node 2 masksyn.py --limit 1000      # each rank makes its share
-Dimension key: B batch, H W pixels, K classes.
+
+Dimension key: B batch, H W pixels, K classes. A job is (source name, k): the k-th pair of a source.
 """
 import argparse
-import json
-import sys
+import shutil
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
+import torch.distributed as dist
 from tqdm import tqdm
 
 import diffusion
-from diffusion import SAMPLERS, positive, replacing, seed_of, within
+from data.pairs import (ROOT, PairFolder, check_classes, contact_sheet, dataset_name, find_split, number,
+                        palette, read_json, remove_temporary, run, spread, write_json,
+                        write_pair, write_picture)
+from diffusion import SAMPLERS, seed_of
 from mask2img import Mask2Img
-from text2mask import (ROOT, Text2Mask, check_classes, dataset_folder, digest, encode, evenly, grid, legend,
-                       name_of, names_of, outlined, read_captions, read_classes, segments, write_mask)
+from text2mask import Text2Mask, outline, segments, words_of
 
 
-def work(sources, per, batch, rank, world):
-    """Source names -> this rank's batches of (source, k). Batches are cut before they are shared out, each of
-    one k: a sample sits in the same batch, and comes out the same, for any number of ranks and a larger
-    `per`."""
+def split_jobs(sources, per_source, batch, rank, world):
+    """Source names -> this rank's batches of jobs.
+
+    Batches are cut before they are shared out, and all jobs of one have the same k. So a sample is made in
+    the same batch, and comes out the same, for any number of ranks and for a larger per_source.
+    """
     parts = [sources[i:i + batch] for i in range(0, len(sources), batch)]
-    return [[(source, k) for source in part] for k in range(per) for part in parts][rank::world]
+    return [[(source, k) for source in part] for k in range(per_source) for part in parts][rank::world]
 
 
-def present(out, job):
-    return (out / "images" / f"{job[0]}_{job[1]:02d}.png").exists()
+def pair_name(job):
+    return f"{job[0]}_{job[1]:02d}"
 
 
-def write_pair(out, job, caption, instances, ids, image, K):
-    """Caption, instances, mask, then image, each under a temporary name first: an image that exists is a
-    whole pair. There is an instances/ only where a pair has instances: readers take the folder as a yes."""
-    name = f"{job[0]}_{job[1]:02d}"
-    with replacing(out / "captions" / f"{name}.txt") as path:
-        path.write_text(caption + "\n", encoding="utf-8")
-    if instances is not None:
-        with diffusion.writable(out):
-            (out / "instances").mkdir(exist_ok=True)
-        with replacing(out / "instances" / f"{name}.png") as path:
-            Image.fromarray(instances).save(path)
-    write_mask(out / "masks" / f"{name}.png", ids, K)
-    with replacing(out / "images" / f"{name}.png") as path:
-        Image.fromarray(image).save(path)
+def exists(out, job):
+    """Whether a job's pair is complete: its image is written last."""
+    return (out / "images" / f"{pair_name(job)}.png").exists()
 
 
-def refuse(out, meta):
-    """Ends the program where pairs are in OUT that were made with other settings than meta, or by others."""
-    path = out / "meta.json"
+def check_output(out, meta):
+    """Raises ValueError where `out` holds pairs of other settings, data or weights, or none of ours."""
     if not any(out.glob("images/*")):
         return
-    if not path.is_file():
-        sys.exit(f"{out}: looked for a folder of synthetic pairs, found images without a meta.json; give "
-                 "another --out")
-    if path.read_bytes() != meta.encode():
-        sys.exit(f"{out}: pairs made with other settings are there (see meta.json); give another --out or "
-                 "delete it")
+    if not (out / "meta.json").is_file():
+        raise ValueError(f"{out}: holds images, but no meta.json of a synthesis. Choose another folder")
+    if read_json(out / "meta.json") != meta:
+        raise ValueError(f"{out}: holds pairs of other settings, data or weights (see meta.json). Choose "
+                         "another folder or delete it")
 
 
-def prepare(out, listing, meta, rank):
-    """Makes the pair folder: meta.json first, then classes.json, the text `listing`."""
-    with diffusion.writable(out):
-        for part in ("images", "masks", "captions"):
-            (out / part).mkdir(parents=True, exist_ok=True)
+def describe(args, source, **checkpoints):
+    """What makes pairs what they are, for meta.json: settings, source data, weights."""
+    # Left out: what asks for more of the same pairs, or for the same pairs in another place.
+    passed_over = ("out", "limit", "per_source", "device", "count")
+    meta = {key: str(value) for key, value in vars(args).items() if key not in passed_over}
+    for name, path in checkpoints.items():
+        meta[f"{name}_weights"] = diffusion.weights_hash(path)
+    return meta | {"source": source}
+
+
+def synthesize(args, out, sources, make, classes, meta, title=""):
+    """Write the pairs of all jobs that `out` lacks: the loop of both modes.
+
+    sources  names; each gets args.per_source pairs
+    make     make(jobs) -> for each job the arguments of write_pair: image, ids, instances, captions
+    classes  the content of classes.json
+    meta     what makes these pairs what they are; raises ValueError where `out` holds others
+    """
+    _, rank, world = diffusion.setup(args.device)
+    check_output(out, meta)
+    batches = split_jobs(sources, args.per_source, args.batch, rank, world)
+    todo = [jobs for jobs in batches if not all(exists(out, job) for job in jobs)]
+    first = make(todo[0]) if todo else []                    # bad input ends the run before a folder is made
     if rank == 0:
-        for left in (*out.glob(".*.tmp*"), *out.glob("*/.*.tmp*")):      # of a run that was killed in a write
-            if left.is_file():
-                left.unlink(missing_ok=True)
-        for file, content in ((out / "meta.json", meta), (out / "classes.json", listing)):
-            with replacing(file) as part:
-                part.write_text(content, encoding="utf-8")
-
-
-def contact_sheet(out, classes, count=24, columns=8):
-    """OUT/samples.png: pairs from all over the folder, rows of masks above their images, the legend."""
-    paths = sorted(out.glob("images/[!.]*.png"))                         # each is a whole pair
-    paths = [paths[i] for i in evenly(len(paths), count)]
-    masks = [np.asarray(Image.open(out / "masks" / path.name)) for path in paths]
-    images = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
-    blank = [np.full_like(images[0], 255)] * (-len(images) % columns)
-    rows = [[*[encode(m, len(classes)) for m in masks], *blank], [*images, *blank]]
-    rows = [row[i:i + columns] for i in range(0, len(rows[0]), columns) for row in rows]
-    scale = 2 if max(masks[0].shape) <= 256 else 1
-    with replacing(out / "samples.png") as path:
-        legend(grid(rows, scale), np.concatenate([m.ravel() for m in masks]), classes).save(path)
-
-
-def about(args, folder, **checkpoints):
-    """What makes pairs what they are, for meta.json: the settings, the masks and captions of the source
-    folder by name and size, and which weights were read."""
-    files = [p for part in ("masks", "captions") for p in sorted((folder / part).glob("[!.]*"))]
-    other = ("out", "limit", "per", "device")                            # more of the same, or elsewhere
-    kept = {key: str(value) for key, value in vars(args).items() if key not in other}
-    kept["source"] = f"{len(files)} files {digest(files)}"
-    return kept | {f"{name}_weights": diffusion.identity(path) for name, path in checkpoints.items()}
-
-
-def synthesize(args, stage, folder, sources, make, classes, meta):
-    """Runs make(jobs) -> [(caption, instances, ids, image)] over every batch that lacks a pair; the loop of
-    both modes. folder: the pair folder of the sources, whose classes.json the new one has too."""
-    _, rank, world = diffusion.start(args.device)
-    out = args.out or Path("out") / name_of(args.data) / stage
-    meta = json.dumps(meta, indent=1, sort_keys=True) + "\n"
-    refuse(out, meta)
-    batches = work(sources, args.per, args.batch, rank, world)
-    lack = [jobs for jobs in batches if not all(present(out, job) for job in jobs)]
-    first = make(lack[0]) if lack else []                                # bad input is told, no folder made
-    prepare(out, (folder / "classes.json").read_text(encoding="utf-8"), meta, rank)
+        remove_temporary(out)
+        write_json(out / "meta.json", meta)
+        write_json(out / "classes.json", classes)
     if world > 1:
-        torch.distributed.barrier()
-    with tqdm(total=sum(map(len, lack)), desc=stage, unit="pair", disable=rank > 0) as bar:
-        for n, jobs in enumerate(lack):                                  # a batch is made whole: same bytes
+        dist.barrier()
+    with tqdm(total=sum(map(len, todo)), desc=out.name, unit="pair", disable=rank > 0) as bar:
+        for n, jobs in enumerate(todo):
+            # A batch is made as one even where some of its pairs exist: the same batch gives the same bytes.
             for job, pair in zip(jobs, make(jobs) if n else first):
-                if not present(out, job):
-                    write_pair(out, job, *pair, len(classes))
+                if not exists(out, job):
+                    write_pair(out, pair_name(job), K=len(classes), **pair)
             bar.update(len(jobs))
     if world > 1:
-        torch.distributed.barrier()
+        dist.barrier()
     if rank == 0:
-        contact_sheet(out, classes)
-        print(f"{out}: {len(sources) * args.per} pairs; look at {out / 'samples.png'}")
+        draw_samples(out, classes, title)
+        print(f"{out}: {len(sources) * args.per_source} pairs; look at {out / 'samples.png'}")
 
 
-def demo_or_trained(data, stage, given):
-    """--text2mask / --mask2img if given, else the shipped demo weights of this data, else out/NAME/STAGE."""
-    demo, trained = ROOT / "weights" / name_of(data) / stage, Path("out") / name_of(data) / stage
-    return given or (demo if diffusion.checkpoint(demo).exists() else trained)
+def draw_samples(out, classes, title="", count=24):
+    """OUT/samples.png: pairs from all over the folder, each with its caption."""
+    pairs = PairFolder(out, ("image", "ids"))
+    shown = spread(len(pairs), count)
+    colours, read = palette(len(classes)), [pairs.read(i) for i in shown]
+    rows = {"mask": [colours[pair["ids"]] for pair in read], "image": [pair["image"] for pair in read]}
+    captions = [] if title else [pairs.captions(i)[0] for i in shown]
+    write_picture(out / "samples.png", contact_sheet(rows, captions, classes, title))
 
 
-def mask2img_flags(parser, limit, per):
+def find_weights(data, stage, given):
+    """The folder given, else the shipped weights of this data, else out/NAME/STAGE."""
+    shipped = ROOT / "weights" / dataset_name(data) / stage
+    trained = Path("out") / dataset_name(data) / stage
+    return given or (shipped if diffusion.checkpoint_file(shipped).exists() else trained)
+
+
+def unknown_words(prompt, data):
+    """The words of a prompt that no training caption of the data holds; none where it has no captions."""
+    try:
+        folder = find_split(data, "train")
+    except ValueError:                                       # a prompt needs no data
+        return []
+    texts = [path.read_text(encoding="utf-8") for path in folder.glob("captions/[!.]*.txt")]
+    known = set(words_of(" ".join(texts)))
+    return [word for word in words_of(prompt) if word not in known] if known else []
+
+
+def synthesis_flags(parser, per_source):
     """The flags that MaskSyn and ImgSyn share."""
-    parser.add_argument("--data", default="shapes", help="NAME (data/NAME) or a folder with train/ and val/")
-    parser.add_argument("--out", type=Path, help="pair folder to write (default: out/NAME/masksyn or imgsyn)")
-    parser.add_argument("--mask2img", type=Path,
-                        help="trained Mask2Img (default: the demo's, else out/NAME/mask2img)")
-    parser.add_argument("--limit", type=positive(int), default=limit,
-                        help="use the first N captions or masks")
-    parser.add_argument(*per, dest="per", type=positive(int), default=1, help="pairs of each")
-    parser.add_argument("--batch", type=positive(int), default=16, help="pairs at a time")
-    parser.add_argument("--steps", type=positive(int), default=15, help="sampling steps of an image")
-    parser.add_argument("--guidance", type=within(float, 0), default=1.5, help="guidance of images; 1 = none")
-    parser.add_argument("--sampler", choices=tuple(SAMPLERS), default="dpm++",
-                        help="of images; edm evaluates twice a step and adds fresh noise")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other pairs")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
+    add = parser.add_argument
+    add("--data", default="shapes", help="NAME (data/NAME) or a folder with train/ and val/")
+    add("--out", type=Path, help="pair folder to write (default: out/NAME/masksyn or imgsyn)")
+    add("--mask2img", type=Path, help="trained Mask2Img (default: the shipped one, else out/NAME/mask2img)")
+    add("--limit", type=number(int, 1), default=64, help="use the first N captions or masks")
+    add(per_source, dest="per_source", type=number(int, 1), default=1, help="pairs of each")
+    add("--batch", type=number(int, 1), default=16, help="pairs at a time")
+    add("--steps", type=number(int, 1), default=15, help="sampling steps of an image")
+    add("--guidance", type=number(float, 0), default=1.5, help="guidance of images; 1 = none")
+    add("--sampler", choices=tuple(SAMPLERS), default="dpm++",
+        help="of images; edm evaluates the network twice a step and adds fresh noise")
+    add("--seed", type=int, default=0, help="another seed, other pairs")
+    add("--device", default="auto", help="cpu, cuda, cuda:1 ...")
 
 
-def main():
+def parse(argv):
     parser = argparse.ArgumentParser(description="MaskSyn: captions -> new masks -> new images.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    mask2img_flags(parser, 64, ("--per-caption",))
-    parser.add_argument("--text2mask", type=Path,
-                        help="trained Text2Mask (default: the demo's, else out/NAME/text2mask)")
-    parser.add_argument("--mask-steps", type=positive(int), default=12, help="sampling steps of a mask")
-    parser.add_argument("--mask-sampler", choices=tuple(SAMPLERS), default="edm",
-                        help="of masks")
-    parser.add_argument("--mask-guidance", type=within(float, 0), default=2.0,
-                        help="guidance of masks; 1 = none")
-    parser.add_argument("--min-region", type=positive(int), default=8,
-                        help="smaller regions go to their surroundings")
-    args = parser.parse_args()
-    device, _, _ = diffusion.start(args.device)
-    folder = dataset_folder(args.data, "train")
-    paths = [demo_or_trained(args.data, stage, given)
-             for stage, given in (("text2mask", args.text2mask), ("mask2img", args.mask2img))]
-    painter, printer = (diffusion.load(cls, path, device) for cls, path in zip((Text2Mask, Mask2Img), paths))
-    classes = painter.config["classes"]
-    check_classes(read_classes(folder), classes, paths[0])
-    check_classes(classes, printer.config["classes"], paths[1])
-    if (size := printer.config["size"]) != painter.config["size"]:
-        sys.exit(f"{paths[1]}: looked for the (H, W) {painter.config['size']} of {paths[0]}, found {size}; "
-                 "train both at one --size")
-    isthing, has_instances = [c["isthing"] for c in classes], any(c["isthing"] for c in classes)
-    edged = printer.config["edges"] and has_instances
-    sources = [name for _, name in names_of(folder)][:args.limit]
+    synthesis_flags(parser, "--per-caption")
+    add = parser.add_argument
+    add("--text2mask", type=Path,
+        help="trained Text2Mask (default: the shipped one, else out/NAME/text2mask)")
+    add("--mask-steps", type=number(int, 1), default=12, help="sampling steps of a mask")
+    add("--mask-sampler", choices=tuple(SAMPLERS), default="edm", help="of masks")
+    add("--mask-guidance", type=number(float, 0), default=2.0, help="guidance of masks; 1 = none")
+    add("--min-region", type=number(int, 1), default=8, help="smaller regions go to their surroundings")
+    add("--prompt", help="pairs of this caption, in out/NAME/prompt, which is replaced each time")
+    add("--count", type=number(int, 1), default=8, help="pairs of --prompt")
+    return parser.parse_args(argv)
+
+
+def load_generators(args, device):
+    """Text2Mask, Mask2Img and {stage: path of its weights}. Raises ValueError where they do not fit."""
+    paths = {"text2mask": find_weights(args.data, "text2mask", args.text2mask),
+             "mask2img": find_weights(args.data, "mask2img", args.mask2img)}
+    text2mask = diffusion.load(Text2Mask, paths["text2mask"], device)
+    mask2img = diffusion.load(Mask2Img, paths["mask2img"], device)
+    check_classes(mask2img.config["classes"], text2mask.config["classes"], paths["mask2img"])
+    sizes = [tuple(model.config["size"]) for model in (text2mask, mask2img)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{paths['mask2img']}: paints (H, W) {sizes[1]}, and {paths['text2mask']} {sizes[0]}."
+                         " Train both at one size")
+    return text2mask, mask2img, paths
+
+
+def make_pairs(jobs, captions, text2mask, mask2img, args):
+    """Jobs and their captions -> the arguments of write_pair of each: a new mask, and a new image on it."""
+    classes = text2mask.config["classes"]
+    isthing = [c["isthing"] for c in classes]
+    seeds = [seed_of(args.seed, *job, "mask") for job in jobs]
+    codes = text2mask.sample(captions, seeds, args.mask_steps, args.mask_guidance, args.mask_sampler)
+    masks = [segments(c, isthing, args.min_region) for c in codes]       # [(ids, instances)]
+
+    edges = mask2img.config["edges"] and any(isthing)
+    seen = np.stack([outline(*mask, len(classes)) if edges else mask[0] for mask in masks])
+    seeds = [seed_of(args.seed, *job, "image") for job in jobs]
+    images = mask2img.sample(seen, captions, seeds, args.steps, args.guidance, args.sampler)
+    return [dict(image=image, ids=ids, instances=instances if any(isthing) else None, captions=[caption])
+            for image, (ids, instances), caption in zip(images, masks, captions)]
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.prompt is not None:
+        return paint_prompt(args)
+    device, _, _ = diffusion.setup(args.device)
+    folder = find_split(args.data, "train")
+    text2mask, mask2img, paths = load_generators(args, device)
+    pairs = PairFolder(folder, ("ids",))
+    check_classes(text2mask.config["classes"], pairs.classes, paths["text2mask"])
+    position = {name: i for i, name in enumerate(pairs.names)}
 
     def make(jobs):
-        lines = [read_captions(folder, source, classes) for source, _ in jobs]
-        captions = [choices[k % len(choices)] for (_, k), choices in zip(jobs, lines)]
-        seeds = [[seed_of(args.seed, *job, what) for job in jobs] for what in ("mask", "image")]
-        codes = painter.sample(captions, seeds[0], args.mask_steps, args.mask_guidance, args.mask_sampler)
-        masks = [segments(c, isthing, args.min_region) for c in codes]   # [(ids, instances)]
-        drawn = [outlined(*m, len(classes)) if edged else m[0] for m in masks]
-        images = printer.sample(np.stack(drawn), captions, seeds[1], args.steps, args.guidance, args.sampler)
-        return [(caption, instances if has_instances else None, ids, image)
-                for caption, (ids, instances), image in zip(captions, masks, images)]
-    meta = about(args, folder, text2mask=paths[0], mask2img=paths[1])
-    synthesize(args, "masksyn", folder, sources, make, classes, meta)
+        lines = [pairs.captions(position[source]) for source, _ in jobs]
+        captions = [choices[k % len(choices)] for choices, (_, k) in zip(lines, jobs)]
+        return make_pairs(jobs, captions, text2mask, mask2img, args)
+    out = args.out or Path("out") / dataset_name(args.data) / "masksyn"
+    meta = describe(args, pairs.fingerprint(), **paths)
+    synthesize(args, out, pairs.names[:args.limit], make, pairs.classes, meta)
+
+
+def paint_prompt(args):
+    """--prompt: --count pairs of one caption. It needs no data: the classes are those of the weights."""
+    if not args.prompt.strip():
+        raise ValueError("--prompt: is empty. Say what the pictures should show")
+    device, _, _ = diffusion.setup(args.device)
+    text2mask, mask2img, paths = load_generators(args, device)
+    if unknown := unknown_words(args.prompt, args.data):
+        print(f"No training caption of {args.data} holds: {', '.join(unknown)}. The weights have not learned "
+              "what that looks like.")
+
+    def make(jobs):
+        return make_pairs(jobs, [args.prompt] * len(jobs), text2mask, mask2img, args)
+    out = args.out or Path("out") / dataset_name(args.data) / "prompt"
+    if (out / "meta.json").is_file() and "prompt" in read_json(out / "meta.json"):
+        shutil.rmtree(out)                                   # of another prompt; nothing else is deleted
+    meta = describe(args, args.prompt, **paths)
+    sources = [f"prompt{n}" for n in range(args.count)]
+    synthesize(args, out, sources, make, text2mask.config["classes"], meta, title=args.prompt)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

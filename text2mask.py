@@ -1,69 +1,62 @@
 """Text2Mask: a caption -> a segmentation mask, by a diffusion model that paints colour-coded masks.
 
-A mask becomes an image by giving each class a colour, so a text-to-image model can be fine-tuned to draw
-masks. In pixel space the network says, for every pixel, how likely each colour of the palette is; x0 is the
-expected colour and the loss is cross-entropy, so a finished mask needs no decoding of blended borders. With
-SDXL the colour map is an image like any other: its latents are noised; a sample is decoded by the VAE and
+A mask becomes an image by giving each class a colour, so a text-to-image model can be fine-tuned to paint
+masks. In pixel space the network predicts, for every pixel, how likely each colour of the palette is: x0 is
+the expected colour and the loss is cross-entropy, so a finished mask has no blended borders to decode. With
+SDXL the colour map is an image like any other: its latents are noised, a sample is decoded by the VAE and
 read by nearest colour.
 
-Paper: SegGen (2311.03355) section 3, Text2Mask: SDXL-base fine-tuned on (caption, colour map), lr 1e-5, 30k
-       steps. The palette is measured in the authors' published pictures, where it explains every pixel.
+Paper:   SegGen (2311.03355) section 3, Text2Mask: SDXL-base fine-tuned on (caption, colour map), lr 1e-5, 30k
+         steps [N]. The palette explains every pixel of the authors' published pictures [D].
 Differs: on small data the base is a small pixel-space UNet of our own with a logit per colour; masks are
-       cleaned of specks (the paper's are not); edges between instances are one pixel wide (the paper does not
-       say).
-Reads: data/NAME/{train,val} pair folders; --init a base of mask2img.py or SDXL's public folder.
-Writes: out/NAME/text2mask.
-Needs: unet.py, diffusion.py.
+         cleaned of specks (the paper's are not); edges between instances are one pixel wide [?].
+Reads:   data/NAME/{train,val} pair folders; --init: a base of mask2img.py, or SDXL's public folder.
+Writes:  out/NAME/text2mask.
+Needs:   unet.py, diffusion.py, data/pairs.py.
+
     python text2mask.py sample --prompt "two red houses by the water at sunset"
     python text2mask.py train --data shapes --init out/shapes/base
-    torchrun --nproc_per_node 8 text2mask.py train --data ade20k --init stable-diffusion-xl-base-1.0 --shard
-Dimension key: B batch, C channels, H W pixels, L caption tokens, D width, K classes; codes 0 void, 1..K,
-K + 1 edge.
+    torchrun --nproc_per_node 8 text2mask.py train --data ade20k --init stable-diffusion-xl-base-1.0
+
+Dimension key: B batch, C channels, H W pixels, L caption tokens, D width, P width of the pooled caption, K
+classes. Codes: 0 void, 1..K the classes, K + 1 edge.
 """
 import argparse
 import contextlib
 import functools
-import hashlib
-import json
-import os
 import re
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 import diffusion
 import unet as networks
-from diffusion import SAMPLERS, Schedule, positive, replacing, seed_of, within
+from data.pairs import (ROOT, PairFolder, contact_sheet, dataset_name, find_split, number, palette,
+                        picture_size, run, spread, write_mask, write_picture)
+from diffusion import SAMPLERS, Schedule, seed_of
 from unet import PRESETS, VAE, SDXLText, TextEncoder, UNet
 
-ROOT = Path(__file__).resolve().parent
-PAPER = dict(steps=30000, lr=1e-5, size=(768, 768), batch=4, checkpointing=True, workers=4,  # batch: [?]
-             save_every=2500)
-MAX_CLASSES = 214                          # b = 6 has 216 colours: void and edge are two
+DROP = 0.1                     # share of captions left out in training, for classifier-free guidance
+# Defaults of the training commands: those of SDXL where --init is its folder; batch and EMA are ours [?].
+SMALL = dict(size=(64, 64), steps=5000, batch=16, lr=2e-3, workers=0, save_every=500)
+SDXL = dict(size=(768, 768), steps=30_000, batch=4, lr=1e-5, workers=4, save_every=2500)
+SDXL_LOOP = dict(warmup=500, decay="constant", ema=0.9999)
 
 
-# --------------------------------------------------------------------------------------------- the mask codec
+# ---- the mask codec ----------------------------------------------------------------------------------------
 
-def palette(K):
-    """K classes -> (K + 2, 3) uint8 colours of the codes 0 void, 1..K classes, K + 1 edge. Paper [D]: design
-    of the authors' pictures (ADE20K wall (0, 0, 51), building (0, 0, 102); edge colour of COCO: code 134)."""
-    assert 1 <= K <= MAX_CLASSES, f"{K} classes; 1 to {MAX_CLASSES} have a colour"
-    b = next(b for b in range(2, 7) if b ** 3 >= K + 2)
-    s, v = round(255 / (b - 1)), np.arange(K + 2)
-    return np.minimum(np.stack([s * (v // b % b), s * (v // b ** 2), s * (v % b)], 1), 255).astype(np.uint8)
+def encode(ids, K, instances=None):
+    """(H, W) class ids -> (H, W, 3) uint8 colour map; with instances, every segment is outlined."""
+    codes = ids if instances is None else outline(ids, instances, K)
+    return palette(K)[codes]
 
 
-def outlined(ids, instances, K):
-    """(H, W) class ids and instances -> codes with every segment's border (its last pixels right and down) as
-    edge."""
+def outline(ids, instances, K):
+    """(H, W) class ids and instances -> codes: a segment's last pixels right and down become edge."""
     segment = ids.astype(np.int64) * 256 + instances
     edge = np.zeros(ids.shape, bool)
     edge[:, :-1] |= segment[:, :-1] != segment[:, 1:]
@@ -71,45 +64,44 @@ def outlined(ids, instances, K):
     return np.where(edge, K + 1, ids).astype(np.uint8)
 
 
-def encode(ids, K, instances=None):
-    """(H, W) class ids -> (H, W, 3) uint8 colour map; with instances every segment is outlined in the edge
-    colour."""
-    return palette(K)[ids if instances is None else outlined(ids, instances, K)]
-
-
 def decode(colours, K, ambiguity=0.8):
-    """(H, W, 3) uint8 -> (H, W) uint8 codes by the nearest palette colour; a pixel whose nearest distance is
-    over `ambiguity` times its second nearest is void: it lies between two classes."""
-    flat = torch.from_numpy(np.array(colours, np.float32)).reshape(-1, 3)
-    code = torch.from_numpy(palette(K).astype(np.float32))
-    out = []
-    for part in flat.split(1 << 18):                                     # 2 MP x 152 codes at once: 1.2 GB
-        near, index = torch.cdist(part, code).topk(2, largest=False)     # (N, 2)
-        out.append(torch.where(near[:, 0] > ambiguity * near[:, 1], 0, index[:, 0]))
-    return torch.cat(out).reshape(colours.shape[:2]).to(torch.uint8).numpy()
+    """(H, W, 3) uint8 -> (H, W) uint8 codes by the nearest palette colour.
+
+    A pixel whose nearest distance is over `ambiguity` times its second nearest lies between two classes and
+    becomes void.
+    """
+    pixels = torch.from_numpy(np.array(colours, np.float32)).reshape(-1, 3)
+    code_colours = torch.from_numpy(palette(K).astype(np.float32))
+    codes = []
+    for part in pixels.split(1 << 18):                                   # all of 2 MP would take 1.2 GB
+        distance, code = torch.cdist(part, code_colours).topk(2, largest=False)      # (N, 2)
+        codes.append(torch.where(distance[:, 0] > ambiguity * distance[:, 1], 0, code[:, 0]))
+    return torch.cat(codes).reshape(colours.shape[:2]).to(torch.uint8).numpy()
 
 
 def components(values):
-    """(H, W) integers -> (H, W) labels: a 4-connected region of equal value has its smallest flat index."""
+    """(H, W) integers -> (H, W) labels: a 4-connected region of equal values gets its smallest flat index.
+
+    Union-find on all pixels at once: neighbours of equal value hook their roots together, then paths shorten.
+    """
     index = np.arange(values.size).reshape(values.shape)
     right, down = values[:, 1:] == values[:, :-1], values[1:] == values[:-1]
-    a = np.concatenate([index[:, :-1][right], index[:-1][down]])
+    a = np.concatenate([index[:, :-1][right], index[:-1][down]])         # pairs of neighbours of equal value
     b = np.concatenate([index[:, 1:][right], index[1:][down]])
     label = index.ravel().copy()
-    while len(a):                                                        # hook roots, then shorten all paths
+    while len(a):
         low = np.minimum(label[a], label[b])
         np.minimum.at(label, label[a], low)
         np.minimum.at(label, label[b], low)
         while (shorter := label[label]).tobytes() != label.tobytes():
             label = shorter
-        open_ = label[a] != label[b]
-        a, b = a[open_], b[open_]
+        apart = label[a] != label[b]
+        a, b = a[apart], b[apart]
     return label.reshape(values.shape)
 
 
 def grow(known, *maps):
-    """Pixels outside `known` (H, W) bool take the values of the nearest known ones, ring by ring, in each of
-    maps."""
+    """Pixels outside `known` (H, W) bool take the nearest known pixel's value, ring by ring, in each map."""
     known, maps = known.copy(), [m.copy() for m in maps]
     while known.any() and not known.all():
         before = known.copy()
@@ -124,23 +116,28 @@ def grow(known, *maps):
     return maps
 
 
-def clean(ids, min_region=8):
-    """(H, W) codes -> the same with every 4-connected region under min_region pixels given to what surrounds
-    it."""
-    label = components(ids)
-    size = np.bincount(label.ravel(), minlength=ids.size)
-    return grow(size[label] >= min_region, ids)[0]
+def clean(codes, min_region=8):
+    """(H, W) codes -> the same; 4-connected regions under min_region pixels take what surrounds them."""
+    label = components(codes)
+    size = np.bincount(label.ravel(), minlength=codes.size)
+    return grow(size[label] >= min_region, codes)[0]
 
 
 def segments(codes, isthing, min_region=8):
-    """(H, W) codes, edges included -> class ids and instances (H, W) uint8: a thing's instances are its
-    connected regions between edges, grown back over the edges, and numbered 1..254 in reading order."""
+    """(H, W) codes, edges included -> class ids and instances, both (H, W) uint8.
+
+    An instance is a connected region of a thing between edges, grown back over the edges. Instances are
+    numbered 1..254 in reading order. isthing: K bools.
+    """
     K = len(isthing)
     codes = clean(codes, min_region) if (codes <= K).all() else codes
     label = components(codes)
     size = np.bincount(label.ravel(), minlength=codes.size)
     solid = (codes <= K) & (size[label] >= min_region)
-    ids, label = grow(solid, codes, label) if solid.any() else (np.where(codes > K, 0, codes), label)
+    if solid.any():
+        ids, label = grow(solid, codes, label)
+    else:
+        ids = np.where(codes > K, 0, codes)
     things = np.concatenate([[False], isthing])[ids]
     instances = np.zeros(ids.shape, np.uint8)
     for n, root in enumerate(np.unique(label[things])[:254], 1):
@@ -148,350 +145,207 @@ def segments(codes, isthing, min_region=8):
     return ids.astype(np.uint8), instances
 
 
-# --------------------------------------------------------------------------------------------------- the data
+# ---- the data ----------------------------------------------------------------------------------------------
 
-def dataset_folder(data, split):
-    """--data NAME or PATH -> its pair folder of that split; the built-in shapes are drawn on the spot. Under
-    torchrun every rank must ask, after diffusion.start."""
-    folder = (Path(data) if Path(data).is_dir() else ROOT / "data" / data) / split
-    if folder.parent.resolve() == (ROOT / "data" / "shapes").resolve():
-        drawn(folder)
-    if not folder.is_dir():
-        script, there = ROOT / "data" / str(data) / "prepare.py", sorted(folder.parent.glob("*/images"))
-        todo = "give --data a pair folder's parent"
-        if there:
-            todo = f"there are {', '.join(path.parent.name for path in there)}"
-        elif script.exists():
-            todo = f"run `python data/{data}/prepare.py --root RAW`"
-        sys.exit(f"{folder}: looked for a pair folder, found none; {todo}")
-    return folder
+class ResizeCrop:
+    """Scale pictures of one (H, W) to cover another and crop: at random with rng, else in the middle.
 
-
-def drawn(folder):
-    """Draws a split of the built-in shapes where it is missing or a killed run left it half-made: the first
-    rank does, the others wait."""
-    mark = folder.parent / f".{folder.name}.unfinished"                  # the script's own: see its `missing`
-    if os.environ.get("RANK", "0") == "0" and (mark.exists() or not folder.is_dir()):
-        script = ROOT / "data" / "shapes" / "prepare.py"
-        size = ["--unlabelled", "8000"] if folder.name == "unlabelled" else []
-        if subprocess.run([sys.executable, str(script), *size]).returncode:
-            sys.exit(f"{folder}: looked for a drawn split, but {script} failed: see the line above")
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
-def check_classes(wanted, found, where):
-    """Two lists of classes, of data or checkpoints, must name the same; where: what the second is of."""
-    first, second = ([c["name"] for c in classes] for classes in (wanted, found))
-    if first != second:
-        k = next((k for k, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
-        a, b = (names[k] if k < len(names) else "none" for names in (first, second))
-        sys.exit(f"{where}: its {len(second)} classes are not the {len(first)} expected: id {k + 1} is {b}, "
-                 f"not {a}; take what was made of the same data")
-
-
-def read_classes(folder):
-    """FOLDER/classes.json -> [{"name", "isthing", ...}], one to 214 of them."""
-    path = Path(folder) / "classes.json"
-    if not path.is_file():
-        sys.exit(f"{path}: looked for the classes of a pair folder, found no such file; write it, or run the "
-                 "data's prepare.py to its end")
-    try:
-        classes = [(c["name"], c.get("isthing", False)) for c in json.loads(path.read_text("utf-8"))]
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        sys.exit(f"{path}: looked for a list of {{name, isthing}}, found {type(error).__name__}; write one "
-                 "entry a class")
-    wrong = [pair for pair in classes if not (isinstance(pair[0], str) and isinstance(pair[1], bool))]
-    if wrong:
-        sys.exit(f"{path}: looked for a name, and true or false for isthing, found {wrong[0]}; mend it")
-    if not 1 <= len(classes) <= MAX_CLASSES:
-        sys.exit(f"{path}: {len(classes)} classes; the palette has colours for 1 to {MAX_CLASSES}: merge or "
-                 "drop some")
-    return [dict(name=name, isthing=isthing) for name, isthing in classes]
-
-
-def names_of(folder, masks=True):
-    """Sorted [(image path, name)] of a pair folder; every image must have its mask, every mask its image."""
-    folder = Path(folder)
-    if (folder.parent / f".{folder.name}.unfinished").exists():
-        sys.exit(f"{folder}: looked for a whole set, found a half-made one; run again what makes it")
-    paths = [p for p in sorted((folder / "images").glob("[!.]*"))
-             if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
-    images = {p.stem: p for p in paths}
-    if twice := [p for p in paths if images[p.stem] != p]:
-        sys.exit(f"{folder}: looked for one image of a name, found {twice[0].name} and "
-                 f"{images[twice[0].stem].name}; remove one")
-    if not images:
-        sys.exit(f"{folder / 'images'}: looked for .png or .jpg images, found none; prepare the data set "
-                 "first")
-    if masks:
-        have = {p.stem for p in (folder / "masks").glob("[!.]*.png")}
-        alone = sorted(set(images) ^ have)
-        if alone:
-            lone = alone[0] in images
-            what = "an image without a mask" if lone else "a mask without an image (.png or .jpg)"
-            sys.exit(f"{folder}: {len(alone)} of {len(images)} images and {len(have)} masks have no partner; "
-                     f"{alone[0]} is {what}; add it or remove its partner")
-    return [(images[name], name) for name in sorted(images)]
-
-
-def open_image(path, kind="image"):
-    try:
-        image = Image.open(path)
-        image.load()
-        return image
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        sys.exit(f"{path}: looked for a readable {kind}, found {type(error).__name__} ({error}); replace or "
-                 "remove it")
-
-
-def rgb(image):
-    """A picture in RGB of 8 bits. PIL's own conversion would clip 16-bit grey to white."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def read_ids(path, K, size=None):
-    """A mask PNG -> (H, W) uint8 ids; refuses RGB, another (W, H) than size, and ids over K: the number of
-    classes, or 255 for instances."""
-    mask, kind = open_image(path, "mask"), "class" if K <= MAX_CLASSES else "instance"
-    if mask.mode not in ("P", "L", "1", "I", "I;16"):
-        sys.exit(f"{path}: looked for {kind} ids (palette or grey PNG), found mode {mask.mode}; save {kind} "
-                 "ids, not colours")
-    if size is not None and mask.size != size:
-        sys.exit(f"{path}: the mask is {mask.size[0]} x {mask.size[1]}, its image {size[0]} x {size[1]}; "
-                 "they must agree")
-    ids = np.array(mask).astype(np.int64)
-    if ids.max(initial=0) > K or ids.min(initial=0) < 0:
-        found = ids.max() if ids.max() > K else ids.min()
-        todo = "add the class to classes.json or mend the mask" if kind == "class" else "mend the mask"
-        sys.exit(f"{path}: looked for ids of 0 to {K}, found {kind} id {found}; {todo}")
-    return ids.astype(np.uint8)
-
-
-def read_captions(folder, name, classes, ids=None):
-    """Lines of captions/NAME.txt; where there are none, one composed from the classes of ids, which are read
-    from masks/ if not given. With classes empty, there are no masks: it is "" then."""
-    path = Path(folder) / "captions" / f"{name}.txt"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines and classes:
-        ids = read_ids(Path(folder) / "masks" / f"{name}.png", len(classes)) if ids is None else ids
-        announce(f"{folder}: no captions for some images; composed from their class names")
-        present = [classes[i - 1]["name"] for i in np.unique(ids) if i]
-        lines = ["a picture of " + (", ".join(present) or "nothing")]
-    return lines or [""]
-
-
-def plain(text):
-    """The words of a caption in lower case, a space between them."""
-    return " ".join(re.findall("[a-z]+", text.lower()))
-
-
-@functools.cache
-def announce(text):
-    print(text)
-
-
-def digest(files):
-    """Paths -> a hash of their names and sizes: 12 hex digits."""
-    text = repr([(path.name, path.stat().st_size) for path in files])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-class Pairs(torch.utils.data.Dataset):
-    """A pair folder for the generators. Item (index, seed) -> dict of tensors:
-
-    tokens (L,) long; time_ids (6,) SDXL's original size, crop corner and target size, (h, w) each, in pixels;
-    image (3, H, W) in [-1, 1] if images; codes (H, W) long if masks (outlined if edges and the data has
-    instances). size is (H, W): pictures are scaled to cover it (masks by nearest) and cropped at random. A
-    mirror image is drawn half of the time, unless the caption speaks of left or right.
+    Maps of ids are scaled by nearest pixel; photos by the mean of the pixels where they shrink, by cubic
+    interpolation where they grow. .top, .left: where the crop begins; .room: the largest left possible.
     """
 
-    def __init__(self, folder, size, tokenize, images=True, masks=True, edges=False, limit=None,
-                 augment=True):
-        self.folder, self.size, self.tokenize = Path(folder), size, tokenize
-        self.images, self.masks, self.edges, self.augment = images, masks, edges, augment
-        self.classes = read_classes(folder) if masks else []
-        self.names = names_of(folder, masks)[:limit]
+    def __init__(self, source, size, rng=None):
+        scale = max(size[0] / source[0], size[1] / source[1])
+        self.height = max(round(source[0] * scale), size[0])
+        self.width = max(round(source[1] * scale), size[1])
+        self.photo = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
+        self.size, self.room = size, self.width - size[1]
+        self.top, self.left = (int(rng.integers(room + 1)) if rng else room // 2
+                               for room in (self.height - size[0], self.room))
+
+    def __call__(self, array):
+        """(H, W) ids or (H, W, 3) pixels, uint8 -> the same at the new size."""
+        picture = Image.fromarray(array)
+        resampling = Image.Resampling.NEAREST if array.ndim == 2 else self.photo
+        if picture.size != (self.width, self.height):
+            picture = picture.resize((self.width, self.height), resampling)
+        box = self.left, self.top, self.left + self.size[1], self.top + self.size[0]
+        return np.asarray(picture.crop(box))
+
+
+class CaptionedPairs(torch.utils.data.Dataset):
+    """A PairFolder for the generators. Item (index, seed) -> dict of tensors, of the parts the folder reads:
+
+    image     (3, H, W) in [-1, 1]
+    codes     (H, W) long; outlined where the folder reads instances and the data has them
+    tokens    (L,) long, of one of the captions
+    time_ids  (6,) SDXL's size conditioning: original size, crop corner and target size, each (h, w) in pixels
+
+    size is (H, W). With augment, the crop is random and half of the samples are mirrored, unless the caption
+    speaks of left or right.
+    """
+    seeded = True
+
+    def __init__(self, pairs, size, tokenize, augment=True):
+        self.pairs, self.size, self.tokenize, self.augment = pairs, tuple(size), tokenize, augment
 
     def __len__(self):
-        return len(self.names)
-
-    def fingerprint(self):
-        """A short text that changes when pairs are added, removed or made again."""
-        files = [path for path, _ in self.names]
-        files += [self.folder / "masks" / f"{name}.png" for _, name in self.names if self.masks]
-        return f"{len(self)} pairs {digest(files)}"
+        return len(self.pairs)
 
     def __getitem__(self, key):
         index, seed = key
-        path, name = self.names[index]
-        rng, K, out = np.random.default_rng(seed), len(self.classes), {}
-        image = open_image(path)
-        ids = read_ids(self.folder / "masks" / f"{name}.png", K, image.size) if self.masks else None
-        lines = read_captions(self.folder, name, self.classes, ids)
-        caption = lines[rng.integers(len(lines))] if self.augment else lines[0]
-        mirror = self.augment and rng.random() < 0.5 and not {"left", "right"} & set(plain(caption).split())
-        fit, h, w, room = placed(image.size, self.size, rng if self.augment else None)
-        w = room - w if mirror else w                                    # the mirror image's crop
+        rng = np.random.default_rng(seed)
+        pair, captions = self.pairs.read(index), self.pairs.captions(index)
+        source = next(iter(pair.values())).shape[:2]
+        caption = captions[rng.integers(len(captions))] if self.augment else captions[0]
+        mirror = self.augment and rng.random() < 0.5 and not {"left", "right"} & set(words_of(caption))
+        crop = ResizeCrop(source, self.size, rng if self.augment else None)
+        views = {part: crop(array)[:, ::-1] if mirror else crop(array) for part, array in pair.items()}
+        left = crop.room - crop.left if mirror else crop.left            # of the mirrored picture's crop
 
-        def seen(picture):
-            pixels = np.asarray(fit(picture))
-            return (pixels[:, ::-1] if mirror else pixels).copy()
-        if self.images:
-            pixels = torch.from_numpy(seen(rgb(image))).permute(2, 0, 1)  # (3, H, W)
-            out["image"] = pixels.float() / 127.5 - 1
-        if self.masks:
-            path, codes = self.folder / "instances" / f"{name}.png", seen(Image.fromarray(ids))
-            if self.edges and path.exists():                             # lines come last: one pixel wide
-                instances = Image.fromarray(read_ids(path, 255, image.size))
-                codes = outlined(codes, seen(instances), K)
-            out["codes"] = torch.from_numpy(codes.astype(np.int64))
-        out["tokens"] = self.tokenize([caption])[0]
-        out["time_ids"] = torch.tensor([image.size[1], image.size[0], h, w, *self.size], dtype=torch.float32)
-        return out
+        item = dict(tokens=self.tokenize([caption])[0],
+                    time_ids=torch.tensor([*source, crop.top, left, *self.size], dtype=torch.float32))
+        if "image" in views:
+            pixels = torch.from_numpy(views["image"].copy()).permute(2, 0, 1)        # (3, H, W)
+            item["image"] = pixels.float() / 127.5 - 1
+        if "ids" in views:
+            codes = views["ids"]
+            if "instances" in views and self.pairs.has_instances:        # outlined last: edges one pixel wide
+                codes = outline(codes, views["instances"], len(self.pairs.classes))
+            item["codes"] = torch.from_numpy(codes.astype(np.int64))
+        return item
 
 
-def evenly(n, count):
-    """`count` positions of n (all, where fewer), evenly apart: neighbours in a film look alike."""
-    return [i * n // min(n, count) for i in range(min(n, count))]
+def words_of(caption):
+    """The words of a caption in lower case."""
+    return re.findall("[a-z]+", caption.lower())
 
 
-def placed(source, size, rng):
-    """Scales a picture of (W, H) `source` to cover (H, W) `size` and crops (random with rng, else the middle)
-    -> (the function picture -> picture, crop top, crop left, the largest crop left). Maps (one channel) go by
-    nearest; photos by the mean of the pixels where they shrink, by cubic interpolation where they grow."""
-    scale = max(size[1] / source[0], size[0] / source[1])
-    w, h = max(round(source[0] * scale), size[1]), max(round(source[1] * scale), size[0])
-    at = [int(rng.integers(room + 1)) if rng else room // 2 for room in (h - size[0], w - size[1])]
-    box = (at[1], at[0], at[1] + size[1], at[0] + size[0])
-
-    def fit(picture):
-        photo = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
-        resampling = Image.Resampling.NEAREST if picture.mode == "L" else photo
-        picture = picture if picture.size == (w, h) else picture.resize((w, h), resampling)
-        return picture.crop(box)
-    return fit, *at, w - size[1]
-
-
-# ----------------------------------------------------------------------------------------------- the networks
-
-@contextlib.contextmanager
-def told():
-    """What a public folder lacks ends the program in one line."""
-    try:
-        yield
-    except ValueError as error:
-        sys.exit(str(error))
-
+# ---- the networks ------------------------------------------------------------------------------------------
 
 @functools.cache
-def frozen(base, device):
-    """SDXL's text encoders and VAE: nothing trains them, so the models on a device share them. fp16 would
-    overflow in the VAE, and bf16 blur the colours of masks: it is fp32."""
-    text = SDXLText.read(base, device, diffusion.precision(device))
-    return text, networks.read_part(VAE, Path(base) / "vae", device).requires_grad_(False)
+def read_frozen(folder, device):
+    """SDXL's text encoders and VAE. Nothing trains them, so all models on a device share them.
+
+    The VAE is fp32: fp16 would overflow in it, and bf16 blur the colours of masks.
+    """
+    text = SDXLText.from_folder(folder, device, diffusion.precision(device))
+    vae = networks.read_part(VAE, Path(folder) / "vae", device)
+    return text, vae.requires_grad_(False)
 
 
 class TextToImage(nn.Module):
     """A UNet, its text encoder and its schedule: caption -> picture. The base of both generators.
 
-    unet, text, schedule: constructor arguments of UNet, TextEncoder, Schedule;  size: (H, W) of training.
-    base: in place of these a folder of SDXL in the public layout. Then latents of its frozen VAE are painted;
-    text encoders and VAE have their weights, and the UNet has none (the meta device) until it is given them.
+    unet, text, schedule  a UNet, a TextEncoder or SDXLText, a Schedule
+    size                  (H, W) of training, in pixels
+    vae, base             of a model on SDXL: its frozen VAE, whose latents are painted, and its folder
     """
 
-    def __init__(self, unet=None, text=None, schedule=None, size=None, base=None):
+    def __init__(self, unet, text, schedule, size, vae=None, base=None):
         super().__init__()
-        if base is None:
-            self.config = dict(unet=unet, text=text, schedule=schedule, size=list(size))
-            self.unet, self.text, self.schedule = UNet(**unet), TextEncoder(**text), Schedule(**schedule)
-            self.vae = None
-            return
-        self.config = dict(base=str(base), size=list(size))
-        with told():
-            networks.check_sdxl(base)
-            self.unet = networks.empty_part(UNet, Path(base) / "unet")
-            self.schedule = Schedule.from_public(Path(base) / "scheduler" / "scheduler_config.json")
-            self.text, self.vae = frozen(str(base), str(torch.get_default_device()))
-            networks.check_fit(self.unet, self.text, self.vae, base)
-        if wrong := [side for side in size if side % self.vae.factor]:
-            sys.exit(f"--size: looked for multiples of the VAE's factor {self.vae.factor}, found {wrong[0]}; "
-                     "give a size that is one")
+        self.unet, self.text, self.schedule, self.vae = unet, text, schedule, vae
+        self.config = dict(size=list(size))
+        if vae is None:
+            self.config.update(unet=unet.config, text=text.config, schedule=schedule.config)
+        else:
+            self.config.update(base=str(base))
+        halvings = len(unet.config["block_out_channels"]) - 1
+        factor = vae.factor if vae else unet.config["patch_size"] * 2 ** halvings
+        if size[0] % factor or size[1] % factor:
+            raise ValueError(f"size {size[1]} x {size[0]}: both sides must be multiples of {factor}")
+
+    @classmethod
+    def from_config(cls, config, device="cpu"):
+        """The model of a config dict, with new weights; one on SDXL reads its base's folder."""
+        config = dict(config)
+        if "base" in config:
+            return cls.from_sdxl(config.pop("base"), device, **config)
+        unet, text = UNet(**config.pop("unet")), TextEncoder(**config.pop("text"))
+        return cls(unet, text, Schedule(**config.pop("schedule")), **config)
+
+    @classmethod
+    def from_sdxl(cls, folder, device="cpu", **arguments):
+        """The model on SDXL's public folder; arguments: the constructor's others."""
+        networks.check_sdxl(folder)
+        schedule = Schedule.from_public(Path(folder) / "scheduler" / "scheduler_config.json")
+        text, vae = read_frozen(str(folder), str(device))
+        unet = networks.read_part(UNet, Path(folder) / "unet", device)
+        return cls(unet, text, schedule, vae=vae, base=folder, **arguments)
 
     def forward(self, x, t, text, time_ids):
-        """x (B, C, H, W) noised, t (B,), text (B, L) tokens or the (context, pooled) of prepare -> what the
-        schedule's prediction says, as x."""
-        context, pooled = self.text(text) if torch.is_tensor(text) else text
-        return self.unet(x, t, context, pooled, time_ids)
+        """x (B, C, H, W) noised, t (B,), text (B, L) tokens or what `encode_text` made of them, time_ids
+        (B, 6) -> the schedule's prediction, as x."""
+        context, pooled = self.text(text) if torch.is_tensor(text) else text     # (B, L, D), (B, P)
+        return self.unet(x, t, context, pooled, time_ids)                # (B, C, H, W)
 
     @torch.no_grad()
-    def latents(self, x):
-        """Pictures (B, 3, H, W) in [-1, 1] -> what the UNet paints: these or a sample of their latents."""
+    def to_latents(self, x):
+        """Pictures (B, 3, H, W) in [-1, 1] -> what the UNet paints: these, or a sample of their latents."""
         if self.vae is None:
             return x
-        with torch.autocast(x.device.type, enabled=False):               # SDXL's VAE in fp32
+        with torch.autocast(x.device.type, enabled=False):               # SDXL's VAE needs fp32
             return self.vae.encode(x.float())
 
     @torch.no_grad()
-    def pictures(self, z):
-        """What the UNet paints -> (B, 3, H, W) in about [-1, 1]."""
+    def from_latents(self, z):
+        """What the UNet paints -> pictures (B, 3, H, W) in about [-1, 1]."""
         if self.vae is None:
             return z
         with torch.autocast(z.device.type, enabled=False):
             return self.vae.decode(z.float())
 
-    def autocast(self):
-        """bf16 on CUDA at paper scale; small models sample in fp32, and loaded ones are bf16 already."""
-        p = next((getattr(self, "stored", None) or self.unet).parameters())
-        ready = self.vae is None or p.dtype == torch.bfloat16
-        return contextlib.nullcontext() if ready else diffusion.autocast(p.device)
-
-    def encoded(self, captions, device):
-        """B captions -> context (B, L, D), pooled (B, P). SDXL's encoders read each caption alone and once,
-        so that it gives the same bits in any batch, and to both models."""
+    def encode_text(self, captions, device):
+        """B captions -> context (B, L, D), pooled (B, P). SDXL's encoders read each caption by itself, so
+        that it gives the same bits in any batch."""
         if self.vae is None:
             return self.text(self.text.tokenize(captions).to(device))
-        memory = self.text.__dict__.setdefault("memory", {})
-        if len(memory) > 256:                                            # 315 kB a caption in bf16
-            memory.clear()
-        for caption in set(captions) - set(memory):
-            memory[caption] = self.text(self.text.tokenize([caption]).to(device))
-        return tuple(torch.cat(part) for part in zip(*(memory[caption] for caption in captions)))
+        tokens = {caption: self.text.tokenize([caption]).to(device) for caption in captions}
+        encoded = {caption: self.text(tokens[caption]) for caption in tokens}
+        context, pooled = zip(*(encoded[caption] for caption in captions))
+        return torch.cat(context), torch.cat(pooled)
 
-    def prepare(self, captions, size, device):
-        """What stays the same over a sampling run: ((keys and values, pooled), time_ids)."""
-        context, pooled = self.encoded(captions, device)
-        time_ids = torch.tensor([[*size, 0, 0, *size]] * len(captions), dtype=torch.float32, device=device)
-        return (self.project(context), pooled), time_ids
+    def enable_checkpointing(self):
+        """Recompute in the backward pass what the forward made: less memory, a third slower."""
+        self.unet.enable_checkpointing()
 
-    def project(self, context):
-        """(B, L, D) -> the keys and values of every cross-attention, computed once for all sampling steps."""
-        return self.unet.project_text(context)
+    def autocast(self):
+        """bf16 for samples of SDXL in training, on CUDA. Small models sample in fp32; what was loaded of SDXL
+        is bf16 already."""
+        weight = next((getattr(self, "checkpoint_part", None) or self.unet).parameters())
+        if self.vae is None or weight.dtype == torch.bfloat16:
+            return contextlib.nullcontext()
+        return diffusion.autocast(weight.device)
 
     @torch.no_grad()
-    def draw(self, captions, seeds, steps, guidance, sampler, size=None, cond=(), null=(), decode=None,
-             above=0.0):
-        """B captions and seeds -> x0 (B, 3, H, W). A sample depends on its own caption and seed alone. cond,
-        null, decode, above: as diffusion.denoiser has them."""
-        device, size = next(self.parameters()).device, tuple(size or self.config["size"])
+    def generate(self, captions, seeds, steps, guidance, sampler, size=None, cond=(), uncond=(),
+                 decode=None, guide_above=0.0):
+        """B captions and seeds -> x0 (B, 3, H, W). A sample depends on its own caption and seed alone.
+
+        cond, uncond: further arguments of forward, with and without their condition; decode, guide_above: as
+        in diffusion.denoiser.
+        """
+        device = next(self.parameters()).device
+        size = tuple(size or self.config["size"])
         factor = self.vae.factor if self.vae else 1
         shape = self.unet.config["in_channels"], size[0] // factor, size[1] // factor
-        streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def randn(x=None):
-            return torch.stack([torch.randn(shape, generator=g) for g in streams]).to(device)
+            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
         with self.autocast():
-            yes, no = (self.prepare(words, size, device) for words in (captions, [""] * len(captions)))
-            x0 = diffusion.denoiser(self, self.schedule, (*yes, *cond), (*no, *null), guidance, decode, above)
-            del yes, no                                                  # stacked by now: half the memory
-            return self.pictures(diffusion.sample(x0, self.schedule, randn(), steps, sampler, randn))
+            # SDXL gets the size and the crop of its picture as a condition: here an uncropped one.
+            time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=device)
+            time_ids = time_ids.expand(len(captions), -1)                # (B, 6)
+            cond = self.encode_text(captions, device), time_ids, *cond
+            uncond = self.encode_text([""] * len(captions), device), time_ids, *uncond
+            x0 = diffusion.denoiser(self, self.schedule, cond, uncond, guidance, decode, guide_above)
+            z = diffusion.sample(x0, self.schedule, randn(), steps, sampler, randn)
+            return self.from_latents(z)
 
 
-def dropped(tokens, keep):
-    """Tokens (B, ...), zero where keep (B,) or (B, 1) is False: the null condition."""
+def drop_captions(tokens, keep):
+    """Tokens (B, ...), zero where keep (B,) is False: the null condition of guidance."""
     return tokens * keep.view(-1, *[1] * (tokens.ndim - 1))
 
 
@@ -501,65 +355,88 @@ def to_pixels(x0):
 
 
 class Text2Mask(TextToImage):
-    """The same UNet with a logit per palette code and pixel; on SDXL its own UNet, all of it fine-tuned.
+    """The same UNet with a logit per palette code and pixel. On SDXL: its own UNet, all of it fine-tuned.
 
-    classes: [{"name", "isthing"}]; edges: codes have edges."""
+    classes: [{"name", "isthing"}]; edges: whether codes have edges; the rest as TextToImage.
+    """
 
-    def __init__(self, unet=None, text=None, schedule=None, size=None, classes=(), edges=False, base=None):
-        super().__init__(unet, text, schedule, size, base)
+    def __init__(self, unet, text, schedule, size, classes, edges=False, vae=None, base=None):
+        super().__init__(unet, text, schedule, size, vae, base)
         self.config.update(classes=classes, edges=edges)
         colours = torch.from_numpy(palette(len(classes))).float() / 127.5 - 1
         self.register_buffer("colours", colours, persistent=False)       # (K + 2, 3) in [-1, 1]
-        self.register_buffer("rarity", torch.ones(len(colours)), persistent=False)       # see `rarities`
+        self.register_buffer("class_weights", torch.ones(len(colours)), persistent=False)
+
+    @classmethod
+    def from_base(cls, base, size, classes, edges=False):
+        """On a small TextToImage: its weights, except the last convolution, which gives a logit per code."""
+        unet = UNet(**dict(base.unet.config, out_channels=len(classes) + 2))
+        state, own = base.unet.state_dict(), unet.state_dict()
+        fresh = [key for key in own if own[key].shape != state[key].shape]
+        unet.load_state_dict(state | {key: own[key] for key in fresh})
+        return cls(unet, base.text, base.schedule, size, classes, edges)
 
     @property
-    def stored(self):
-        """What a checkpoint holds where the rest is in the base's folder."""
+    def checkpoint_part(self):
+        """What a checkpoint holds; the rest is in the base's folder."""
         return self.unet if self.vae else None
 
-    def paint(self, logits):
-        """(B, K + 2, H, W) logits -> the expected colour map (B, 3, H, W) in [-1, 1]."""
-        return torch.einsum("bkhw,kc->bchw", logits.softmax(1), self.colours)
-
-    def loss(self, net, batch, drop, min_snr=None, noise_offset=0.0):
-        """A share `drop` of the captions is dropped. Pixels: cross-entropy of the codes at a random noise
-        level. SDXL: the diffusion loss of the colour map's latents."""
+    def loss(self, net, batch, drop=DROP):
+        """Pixels: cross-entropy of the codes at a random noise level. SDXL: the diffusion loss of the colour
+        map's latents. A share `drop` of the captions is left out."""
         codes = batch["codes"]                                           # (B, H, W)
         x0 = self.colours[codes].permute(0, 3, 1, 2)                     # (B, 3, H, W)
         if self.vae:
-            tokens = dropped(batch["tokens"], torch.rand(len(codes), device=codes.device) >= drop)
-            return diffusion.loss(net, self.schedule, self.latents(x0), tokens, batch["time_ids"],
-                                  min_snr=min_snr, noise_offset=noise_offset)
-        u = torch.rand(len(codes), device=codes.device)         # flat colours show through much noise: 7 of
-        t = ((1 - u ** 2) * self.schedule.T).long().clamp(max=self.schedule.T - 1)        # 10 with sigma > 1
-        x = self.schedule.noised(x0, torch.randn_like(x0), t)
-        tokens = dropped(batch["tokens"], torch.rand(len(codes), 1, device=codes.device) >= drop)
-        logits = net(x, t, tokens, batch["time_ids"]).float()
-        logits = logits + self.rarity.log().view(-1, 1, 1)               # weighted, yet calibrated: the best
-        return F.cross_entropy(logits, codes, self.rarity)               # logits are those without weights
+            keep = torch.rand(len(codes), device=codes.device) >= drop
+            tokens = drop_captions(batch["tokens"], keep)
+            return diffusion.loss(net, self.schedule, self.to_latents(x0), tokens, batch["time_ids"])
+        # Flat colours show through much noise: train mostly there (7 of 10 samples with sigma > 1).
+        u = torch.rand(len(codes), device=codes.device)
+        t = ((1 - u ** 2) * self.schedule.T).long().clamp(max=self.schedule.T - 1)
+        x = self.schedule.add_noise(x0, torch.randn_like(x0), t)
+        keep = torch.rand(len(codes), device=codes.device) >= drop
+        tokens = drop_captions(batch["tokens"], keep)
+        logits = net(x, t, tokens, batch["time_ids"]).float()            # (B, K + 2, H, W)
+        # Weight rare classes up in the loss, and add log(weight) to the logits so that the optimum is still
+        # the true class probability (logit adjustment, 2007.07314).
+        logits = logits + self.class_weights.log().view(-1, 1, 1)
+        return F.cross_entropy(logits, codes, self.class_weights)
+
+    def expected_colours(self, logits):
+        """(B, K + 2, H, W) logits -> the expected colour map (B, 3, H, W) in [-1, 1]: x0 in pixel space."""
+        return torch.einsum("bkhw,kc->bchw", logits.softmax(1), self.colours)
 
     def sample(self, captions, seeds, steps=12, guidance=2.0, sampler="edm", size=None, maps=False):
-        """B captions and seeds -> (B, H, W) uint8 codes: the likeliest colour of the last step, or of SDXL's
-        picture the nearest; with maps also the colour maps (B, H, W, 3) in [0, 255] they are read from."""
-        last = []
+        """B captions and seeds -> (B, H, W) uint8 codes; with maps also the colour maps (B, H, W, 3) in
+        [0, 255] that they are read from.
 
-        def decode_logits(logits):
-            last[:] = [logits]
-            return self.paint(logits)
-        read = None if self.vae else decode_logits
-        above = 0.0 if self.vae else 5.0                # further down, guided flat shapes swell and merge
-        x0 = self.draw(captions, seeds, steps, guidance, sampler, size, decode=read, above=above)
+        A code is the likeliest colour of the last step, or of SDXL's picture the nearest.
+        """
         if self.vae:
-            codes = np.stack([decode(colours, len(self.config["classes"])) for colours in to_pixels(x0)])
+            x0 = self.generate(captions, seeds, steps, guidance, sampler, size)
+            K = len(self.config["classes"])
+            codes = np.stack([decode(colours, K) for colours in to_pixels(x0)])
         else:
-            codes = last[0].argmax(1).to(torch.uint8).cpu().numpy()
-        return (codes, (x0.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5) if maps else codes
+            last = None
+
+            def decode_logits(logits):
+                nonlocal last
+                last = logits                                            # (B, K + 2, H, W)
+                return self.expected_colours(logits)
+            # Guidance at lower noise would make flat shapes swell and merge.
+            x0 = self.generate(captions, seeds, steps, guidance, sampler, size, decode=decode_logits,
+                               guide_above=5.0)
+            codes = last.argmax(1).to(torch.uint8).cpu().numpy()
+        colour_maps = (x0.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5
+        return (codes, colour_maps) if maps else codes
 
 
-def rarities(data, codes, first=500):
-    """The loss's weight of every code (codes,): 1 / its share of the pixels, counted on the first pictures,
-    with mean 1 over pixels; a sun fills one pixel of 100 and would hardly be learned. An absent code weighs
-    1."""
+def count_class_weights(data, codes, first=500):
+    """The weight of every code in the loss, (codes,): 1 / its share of the pixels, with mean 1 over pixels.
+
+    A sun fills one pixel of 100 and would hardly be learned otherwise. Counted on the first pairs; a code
+    that is not there weighs 1.
+    """
     counts = sum(torch.bincount(data[(i, 0)]["codes"].ravel(), minlength=codes)
                  for i in range(min(len(data), first)))
     share = counts / counts.sum()
@@ -567,304 +444,152 @@ def rarities(data, codes, first=500):
     return torch.where(counts > 0, weight / (weight * share).sum(), 1.0)
 
 
-def check_tensors(own, given, where, anew=()):
-    """The tensors of a base must be those of its part of a model in this version; those whose names start
-    with one of `anew` may be of other shapes."""
-    for name in sorted(own.keys() | given.keys()):
-        if name not in own or name not in given:
-            found = "is in one only"
-        elif own[name].shape != given[name].shape and not name.startswith(anew):
-            found = "has another shape"
-        else:
-            continue
-        sys.exit(f"{where}: looked for the tensors of this version's base, {name} {found}; train it anew")
+# ---- CLI ---------------------------------------------------------------------------------------------------
+
+def training_flags(parser, small):
+    """The flags of every training command of the generators; small: its defaults without SDXL."""
+    def default(key):
+        values = [small[key], SDXL[key]]
+        values = [f"{v[1]}x{v[0]}" for v in values] if key == "size" else values
+        return f"(default: {values[0]}; on SDXL {values[1]})"
+    add = parser.add_argument
+    add("--data", default="shapes",
+        help="NAME (data/NAME) or a folder with train/ and val/ (default: shapes)")
+    add("--out", type=Path, help="folder of the results (default: out/NAME/STAGE)")
+    add("--size", type=picture_size, help=f"64 or 96x72, width x height {default('size')}")
+    add("--limit", type=number(int, 1), help="use the first N training pairs only")
+    add("--steps", type=number(int, 1), help=f"training steps {default('steps')}")
+    add("--batch", type=number(int, 1), help=f"samples a micro-batch and rank {default('batch')}")
+    add("--accumulate", type=number(int, 1), default=1, help="micro-batches a step (default: 1)")
+    add("--lr", type=number(float, 0, above=True), help=f"peak learning rate {default('lr')}")
+    add("--seed", type=int, default=0, help="of the first weights, batches and noise (default: 0)")
+    add("--workers", type=number(int, 0), help=f"processes that load data {default('workers')}")
+    add("--save-every", type=number(int, 1), help=f"steps between saves {default('save_every')}")
+    add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    add("--compile", action="store_true", help="torch.compile, for CUDA")
+    parser.set_defaults(recipe=small, init=None)
 
 
-def start_from(model, state, init):
-    """Copies a base's weights into a Text2Mask; only the last convolution, of another width, starts anew."""
-    own = model.state_dict()
-    check_tensors(own, state, init, ("unet.head.2.", "unet.conv_out."))
-    fits = {name: t for name, t in state.items() if own[name].shape == t.shape}
-    model.load_state_dict({**own, **fits})
-    print(f"from {init}: {len(fits)} of {len(own)} tensors, {', '.join(sorted(set(own) - set(fits)))} anew")
+def init_flag(parser):
+    parser.add_argument("--init", type=Path,
+                        help="base to start from: a folder of `mask2img.py base`, or SDXL's public folder")
 
 
-# --------------------------------------------------------------------------------------------------- pictures
-
-def legend(image, ids, classes):
-    """A PIL picture with a strip beneath that names the colours of the classes in ids."""
-    present = [int(i) for i in np.unique(ids) if 0 < i <= len(classes)]
-    colours, width = palette(len(classes)), 110
-    columns = max(image.width // width, 1)
-    height = image.height + 6 + 18 * -(-len(present) // columns)
-    sheet = Image.new("RGB", (max(image.width, width), height), "white")
-    sheet.paste(image)
-    draw = ImageDraw.Draw(sheet)
-    for n, i in enumerate(present):
-        x, y = n % columns * width, image.height + 6 + n // columns * 18
-        draw.rectangle((x + 4, y + 1, x + 16, y + 13), fill=tuple(colours[i].tolist()), outline="black")
-        draw.text((x + 21, y + 2), classes[i - 1]["name"][:14], fill="black")
-    return sheet
-
-
-def grid(rows, scale=2):
-    """Rows of equal (H, W, 3) uint8 arrays -> one PIL picture, enlarged by nearest."""
-    sheet = Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in rows]))
-    return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
-
-
-def write_mask(path, ids, K):
-    """(H, W) uint8 ids -> an 8-bit palette PNG that opens as the colour map."""
-    image = Image.fromarray(ids)
-    image.putpalette(palette(K).ravel().tolist())
-    with replacing(path) as part:
-        image.save(part)
-
-
-# -------------------------------------------------------------------------------------------------------- CLI
-
-def parse_size(text):
-    """"64" or "96x72" (width x height) -> (H, W), multiples of 8."""
-    try:
-        w, h = (int(n) for n in (text.split("x") if "x" in text else (text, text)))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: 64 or 96x72 (width x height) is needed")
-    if not 8 <= min(w, h) <= max(w, h) <= 8192 or w % 8 or h % 8:
-        raise argparse.ArgumentTypeError(f"{text}: both sides must be multiples of 8, up to 8192")
-    return h, w
-
-
-def common_flags(parser, steps, batch, lr):
-    """The flags of every training command of the generators."""
-    parser.add_argument("--data", default="shapes", help="NAME (data/NAME) or a folder with train/ and val/")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: out/NAME/STAGE)")
-    parser.add_argument("--init", type=Path, help="base to start from: a folder of `mask2img.py base`, or "
-                        "of SDXL in the public layout; with SDXL the defaults are "
-                        + ", ".join(f"{name} {value}" for name, value in PAPER.items()))
-    parser.add_argument("--size", type=parse_size, default=(64, 64), help="64 or 96x72 (width x height)")
-    parser.add_argument("--limit", type=positive(int), help="use the first N training pairs only")
-    parser.add_argument("--steps", type=positive(int), default=steps, help="training steps")
-    parser.add_argument("--batch", type=positive(int), default=batch, help="samples a micro-batch and rank")
-    parser.add_argument("--accumulate", type=positive(int), default=1, help="batches a step")
-    parser.add_argument("--lr", type=positive(float), default=lr, help="peak learning rate")
-    parser.add_argument("--drop", type=within(float, 0, 1), default=0.1,
-                        help="share of conditions dropped for guidance")
-    parser.add_argument("--seed", type=int, default=0, help="of the first weights, batches and noise")
-    parser.add_argument("--workers", type=within(int, 0), default=0, help="processes that load data")
-    parser.add_argument("--save-every", type=positive(int), default=500,
-                        help="steps between states to resume from")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
-    parser.add_argument("--compile", action="store_true", help="torch.compile (for CUDA)")
-    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
-                        help="recompute in backward what forward made: less memory, a third slower")
-    parser.add_argument("--shard", action="store_true", help="SDXL under torchrun: weights, gradients and "
-                        "optimiser state spread over the ranks (FSDP2) instead of copied (DDP)")
-    parser.add_argument("--min-snr", type=positive(float), help="SDXL: caps clean inputs' weight; 5 is usual")
-    parser.add_argument("--noise-offset", type=within(float, 0), default=0.0,
-                        help="SDXL: a random constant a channel")
-
-
-def parsed(parser, *training):
-    """The arguments; where --init is a folder of SDXL, the training commands' defaults are the paper's."""
-    args = parser.parse_args()
-    public = bool(getattr(args, "init", None)) and networks.is_public(args.init)
-    if public:
-        for command in training:
-            command.set_defaults(**PAPER)
-        args = parser.parse_args()
+def apply_recipe(args):
+    """Fill in the flags that were not given: from the command's small recipe, or SDXL's. Sets args.sdxl."""
+    args.sdxl = bool(args.init) and networks.is_sdxl(args.init)
+    for key, value in (SDXL if args.sdxl else args.recipe).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.sdxl:
         args.init = args.init.resolve()                                  # a checkpoint names its base
-    lone = [flag for flag in ("shard", "min_snr", "noise_offset") if getattr(args, flag, None)]
-    if lone and not public:
-        sys.exit(f"--{lone[0].replace('_', '-')}: looked for a folder of SDXL as --init, found {args.init}; "
-                 "leave it out")
-    args.public = public
-    return args
 
 
 def sampling_flags(parser, stage, steps, guidance, sampler):
-    """The flags of sampling from a trained Text2Mask or Mask2Img: its folder in weights/, the defaults."""
-    parser.add_argument("--init", type=Path, default=ROOT / "weights" / "shapes" / stage,
-                        help="trained model")
-    parser.add_argument("--steps", type=positive(int), default=steps, help="sampling steps")
-    parser.add_argument("--guidance", type=within(float, 0), default=guidance,
-                        help="classifier-free guidance; 1 = none")
-    parser.add_argument("--sampler", choices=tuple(SAMPLERS), default=sampler,
-                        help="edm evaluates twice a step and adds fresh noise")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other samples")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
-
-
-def name_of(data):
-    """--data NAME or PATH -> the NAME in out/NAME."""
-    return Path(os.path.abspath(data)).name
+    """The flags of sampling from a trained Text2Mask or Mask2Img, whose weights are shipped in weights/."""
+    add = parser.add_argument
+    add("--init", type=Path, default=ROOT / "weights" / "shapes" / stage, help="trained model")
+    add("--steps", type=number(int, 1), default=steps, help="sampling steps")
+    add("--guidance", type=number(float, 0), default=guidance,
+        help="classifier-free guidance; 1 = none")
+    add("--sampler", choices=tuple(SAMPLERS), default=sampler,
+        help="edm evaluates the network twice a step and adds fresh noise")
+    add("--seed", type=int, default=0, help="another seed, other samples")
+    add("--device", default="auto", help="cpu, cuda, cuda:1 ...")
 
 
 def fit(model, loss, data, args, stage, picture, measure=None):
-    """diffusion.fit with the flags of common_flags; results go to --out or out/NAME/STAGE."""
-    if args.checkpointing:
-        for part in model.children():
-            getattr(part, "recompute", lambda: None)()
-    slow = dict(warmup=500, decay="constant", ema=0.9999) if args.public else {}
-    about = ("data", "split", "init", "limit", "drop", "unfreeze", "controlnet", "min_snr", "noise_offset")
-    about = {key: str(getattr(args, key)) for key in about if hasattr(args, key)}
-    about["pairs"] = data.fingerprint()
-    if args.init and not args.public:                                    # nobody trains SDXL in its place
-        about["init"] += f" {diffusion.identity(args.init)}"
-    out = args.out or Path("out") / name_of(args.data) / stage
-    diffusion.fit(model, loss, data, out, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed,
-                  device=args.device, accumulate=args.accumulate, compile=args.compile, shard=args.shard,
-                  workers=args.workers, save_every=args.save_every, picture=picture, measure=measure,
-                  about=about, **slow)
+    """diffusion.fit with the flags of training_flags; results go to --out or out/NAME/STAGE."""
+    # What makes it another run, beside what diffusion.fit knows itself.
+    keys = ("data", "split", "init", "limit", "unfreeze", "controlnet")
+    settings = {key: str(getattr(args, key)) for key in keys if hasattr(args, key)}
+    settings["pairs"] = data.pairs.fingerprint()
+    if args.init and not args.sdxl:                                      # nobody retrains SDXL in its place
+        settings["init"] += f" {diffusion.weights_hash(args.init)}"
+
+    loop = dict(steps=args.steps, batch=args.batch, accumulate=args.accumulate, lr=args.lr, seed=args.seed,
+                device=args.device, compile=args.compile, workers=args.workers, save_every=args.save_every)
+    if args.sdxl:
+        loop.update(SDXL_LOOP)
+        model.enable_checkpointing()
+    out = args.out or Path("out") / dataset_name(args.data) / stage
+    diffusion.fit(model, loss, data, out, picture=picture, measure=measure, settings=settings, **loop)
 
 
-def assembled(args, classes):
-    """A new Text2Mask: SDXL to be fine-tuned, or the small one, from the base of --init or from scratch."""
-    if args.public:
-        with torch.device(diffusion.start(args.device)[0]), told():
-            model = Text2Mask(base=args.init, size=args.size, classes=classes, edges=args.edges)
-            files = networks.weight_files(args.init / "unet")
-            state = networks.read_tensors(files, torch.get_default_device())
-            networks.fill(model.unet, state, args.init / "unet")
-        return model
+def new_model(args, classes, device):
+    """A new Text2Mask: on SDXL or a small base (--init), or from scratch."""
+    options = dict(size=args.size, classes=classes, edges=args.edges)
+    if args.sdxl:
+        return Text2Mask.from_sdxl(args.init, device, **options)
+    if args.init:
+        return Text2Mask.from_base(diffusion.load(TextToImage, args.init), **options)
     config = dict(PRESETS["tiny"], schedule=dict(kind="cosine", prediction="sample", spacing="trailing"))
-    if args.init:
-        config, state = diffusion.read(args.init, "TextToImage")
-    network = dict(config["unet"], out_channels=len(classes) + 2)
-    with diffusion.of_this_version(args.init):
-        model = Text2Mask(network, config["text"], config["schedule"], args.size, classes, args.edges)
-    if args.init:
-        start_from(model, state, args.init)
-    return model
+    unet = UNet(**dict(config["unet"], out_channels=len(classes) + 2))
+    return Text2Mask(unet, TextEncoder(**config["text"]), Schedule(**config["schedule"]), **options)
 
 
 def train(args):
-    diffusion.start(args.device)
-    folder = dataset_folder(args.data, "train")
-    classes = read_classes(folder)
+    """Train on the masks and captions of a pair folder."""
+    apply_recipe(args)
+    device, _, _ = diffusion.setup(args.device)
+    parts = ("ids", "instances") if args.edges else ("ids",)
+    pairs = PairFolder(find_split(args.data, "train"), parts, limit=args.limit)
     torch.manual_seed(seed_of(args.seed, "weights"))
-    model = assembled(args, classes)
-    data = Pairs(folder, args.size, model.text.tokenize, images=False, edges=args.edges, limit=args.limit)
-    K = len(classes)
+    model = new_model(args, pairs.classes, device)
+    pairs.keep()
+    data = CaptionedPairs(pairs, args.size, model.text.tokenize)
     if not model.vae:
-        model.rarity = rarities(data, K + 2)
+        model.class_weights = count_class_weights(data, len(pairs.classes) + 2)
 
     def picture(model, path):
-        chosen = evenly(len(data), 8 if model.vae else 24)
-        captions = [read_captions(data.folder, data.names[i][1], classes)[0] for i in chosen]
-        codes = model.sample(captions, range(len(captions)))
-        truth = [palette(K)[data[(i, 0)]["codes"].numpy()] for i in chosen]
-        made = [palette(K)[c] for c in codes]
-        rows = [row[i:i + 8] for i in range(0, len(made) // 8 * 8, 8) for row in (truth, made)]
-        legend(grid(rows or [truth, made], 1 if model.vae else 2), codes, classes).save(path)
-    options = args.drop, args.min_snr, args.noise_offset
-    fit(model, lambda net, batch: model.loss(net, batch, *options), data, args, "text2mask", picture)
+        chosen = spread(len(data), 8 if model.vae else 24)
+        captions = [pairs.captions(i)[0] for i in chosen]
+        colours = palette(len(pairs.classes))
+        real = [colours[data[(i, 0)]["codes"].numpy()] for i in chosen]
+        sampled = list(colours[model.sample(captions, range(len(captions)))])
+        contact_sheet({"real": real, "sample": sampled}, captions, pairs.classes).save(path)
+    fit(model, model.loss, data, args, "text2mask", picture)
 
 
 def sample(args):
-    device, _, _ = diffusion.start(args.device)
+    """Paint the mask of one caption -> OUT/{mask,colours,legend}.png."""
+    device, _, _ = diffusion.setup(args.device)
     model = diffusion.load(Text2Mask, args.init, device)
     classes = model.config["classes"]
     codes = model.sample([args.prompt], [seed_of(args.seed)], args.steps, args.guidance, args.sampler,
                          args.size)
-    ids, instances = segments(codes[0], [c["isthing"] for c in classes], args.min_region)
-    with diffusion.writable(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
-    write_mask(args.out / "mask.png", ids, len(classes))
-    scale = max(1, 256 // ids.shape[0])
+    isthing = [c["isthing"] for c in classes]
+    ids, instances = segments(codes[0], isthing, args.min_region)
     colours = encode(ids, len(classes))
-    named_colours = legend(grid([[colours]], scale), ids, classes)
-    for name, image in (("colours", Image.fromarray(colours)), ("legend", named_colours)):
-        with replacing(args.out / f"{name}.png") as path:
-            image.save(path)
-    names = [classes[i - 1]["name"] for i in np.unique(ids) if i]
-    print(f"{args.out}: mask.png (ids), colours.png, legend.png; {', '.join(names)}; {instances.max()} "
-          "instances")
+    write_mask(args.out / "mask.png", ids, len(classes))
+    write_picture(args.out / "colours.png", colours)
+    sheet = contact_sheet({"mask": [colours]}, [args.prompt], classes)
+    write_picture(args.out / "legend.png", sheet)
+    names = ", ".join(classes[k - 1]["name"] for k in np.unique(ids) if k)
+    print(f"{args.out}: mask.png (ids), colours.png, legend.png; {names}; {instances.max()} instances")
 
 
-def named(caption, forms):
-    """A caption and {class: [words or phrases]} -> the set of classes that it names."""
-    spaced = f" {plain(caption)} "
-    return {name for name, words in forms.items() if any(f" {plain(word)} " in spaced for word in words)}
-
-
-def read_words(path):
-    """words.json -> {class: [words or phrases that name it]}."""
-    try:
-        words = json.loads(path.read_text("utf-8"))
-        assert all(isinstance(word, str) for forms in words.values() for word in forms)
-        return words
-    except (OSError, ValueError, AttributeError, TypeError, AssertionError) as error:
-        sys.exit(f"{path}: looked for {{class: [words]}}, found {type(error).__name__}; mend or delete it")
-
-
-def specks(ids, under=8):
-    """Share of the pixels of (H, W) ids in 4-connected regions under that many pixels."""
-    size = np.bincount(components(ids).ravel())
-    return size[(size > 0) & (size < under)].sum() / ids.size
-
-
-def measure(args):
-    """Samples the masks of a split's first captions and prints how clean they are and how well they obey."""
-    device, _, _ = diffusion.start(args.device)
-    model, folder = diffusion.load(Text2Mask, args.init, device), dataset_folder(args.data, args.split)
-    classes, names = read_classes(folder), [name for _, name in names_of(folder)][:args.limit]
-    check_classes(model.config["classes"], classes, folder / "classes.json")
-    path = folder / "words.json"
-    complete = path.exists()                                             # captions tell all that is there
-    words = read_words(path) if complete else {c["name"]: [c["name"], c["name"] + "s"] for c in classes}
-    isthing, colours = [c["isthing"] for c in classes], palette(len(classes)).astype(np.float32)
-    off, raw, cleaned, real, hits, said, seen, seconds = [], [], [], [], 0, 0, 0, 0
-    for i in tqdm(range(0, len(names), args.batch), "measure"):
-        part = names[i:i + args.batch]
-        captions = [read_captions(folder, name, classes)[0] for name in part]
-        clock = time.time()
-        codes, maps = model.sample(captions, [seed_of(args.seed, name) for name in part], args.steps,
-                                   args.guidance, args.sampler, maps=True)
-        seconds += time.time() - clock
-        near = functools.reduce(np.minimum, (np.linalg.norm(maps - colour, axis=-1) for colour in colours))
-        off.append((near > 20).mean())
-        for name, caption, code in zip(part, captions, codes):
-            truth = Image.fromarray(read_ids(folder / "masks" / f"{name}.png", len(classes)))
-            truth = np.asarray(placed(truth.size, code.shape, None)[0](truth))
-            ids, _ = segments(code, isthing)
-            raw.append(specks(code)), cleaned.append(specks(ids)), real.append(specks(truth))
-            asked, shown = named(caption, words), {classes[k - 1]["name"] for k in np.unique(ids) if k}
-            shown = {name for name in shown if name in asked or words.get(name) and name != "sky"}
-            hits, said, seen = hits + len(asked & shown), said + len(asked), seen + len(shown)
-    precision = f"{100 * hits / max(seen, 1):.1f} (an unnamed sky is no error)" if complete else (
-        f"unknown without {path}")
-    print(f"{len(names)} captions of {folder.name}: {100 * np.mean(off):.2f} % of the pixels over 20 grey "
-          f"levels from every colour; in specks under 8 px {100 * np.mean(raw):.3f} % as sampled, "
-          f"{100 * np.mean(cleaned):.3f} % cleaned, {100 * np.mean(real):.3f} % in real masks; "
-          f"named classes: recall {100 * hits / max(said, 1):.1f}, precision {precision}; "
-          f"{60 * len(names) / seconds:.0f} masks a minute")
-
-
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Text2Mask: captions -> segmentation masks.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    defaults = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p = commands.add_parser("train", help="train on the masks and captions of a pair folder", **defaults)
-    training = p
-    common_flags(p, steps=5000, batch=16, lr=2e-3)
+    commands = parser.add_subparsers(required=True, metavar="{train,sample}")
+    p = commands.add_parser("train", help="train on the masks and captions of a pair folder")
+    training_flags(p, SMALL)
+    init_flag(p)
     p.add_argument("--edges", action="store_true",
                    help="outline every segment, so that touching instances come apart")
-    p = commands.add_parser("sample", help="paint the mask of one caption", **defaults)
+    p.set_defaults(command=train)
+    p = commands.add_parser("sample", help="paint the mask of one caption",
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--prompt", required=True, help="the caption")
     p.add_argument("--out", type=Path, default=Path("out/sample"), help="folder of the pictures")
-    p.add_argument("--size", type=parse_size, help="64 or 96x72 (default: the size it was trained at)")
-    p.add_argument("--min-region", type=positive(int), default=8,
+    p.add_argument("--size", type=picture_size, help="64 or 96x72 (default: the size of training)")
+    p.add_argument("--min-region", type=number(int, 1), default=8,
                    help="smaller regions go to their surroundings")
     sampling_flags(p, "text2mask", 12, 2.0, "edm")
-    p = commands.add_parser("measure", help="how clean sampled masks are and how well they obey", **defaults)
-    p.add_argument("--data", default="shapes", help="NAME (data/NAME) or a folder with train/ and val/")
-    p.add_argument("--split", default="val", help="the split whose captions are used")
-    p.add_argument("--limit", type=positive(int), default=300, help="captions")
-    p.add_argument("--batch", type=positive(int), default=25, help="masks at a time")
-    sampling_flags(p, "text2mask", 12, 2.0, "edm")
-    args = parsed(parser, training)
-    {"train": train, "sample": sample, "measure": measure}[args.command](args)
+    p.set_defaults(command=sample)
+    args = parser.parse_args(argv)
+    args.command(args)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
