@@ -40,7 +40,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-FORMAT = "seggen-1"            # changes when the key layout of our checkpoints changes
+FORMAT = "seggen-1"  # changes when the key layout of our checkpoints changes
 OWN_FILE, PUBLIC_FILE = "model.safetensors", "diffusion_pytorch_model.safetensors"
 
 
@@ -69,9 +69,9 @@ class Schedule:
             alpha_bar = (torch.cos(angle) ** 2).float()
         else:
             raise ValueError(f"schedule kind {kind!r}: scaled_linear or cosine is needed")
-        self.a = alpha_bar.sqrt()                                        # (T,) share of the data
-        self.s = (1 - alpha_bar).sqrt()                                  # (T,) share of the noise
-        self.sigmas = ((1 - alpha_bar) / alpha_bar).sqrt()               # (T,) rising
+        self.a = alpha_bar.sqrt()                           # (T,) share of the data
+        self.s = (1 - alpha_bar).sqrt()                     # (T,) share of the noise
+        self.sigmas = ((1 - alpha_bar) / alpha_bar).sqrt()  # (T,) rising
         self.log_sigmas = np.array([math.log(sigma) for sigma in self.sigmas.tolist()])
 
     @classmethod
@@ -93,7 +93,7 @@ class Schedule:
 
     def scales(self, t, like_ndim):
         """t (B,) long -> a_t and s_t, shaped to broadcast over tensors of that many dimensions."""
-        self.a, self.s = self.a.to(t.device), self.s.to(t.device)        # once: a copy waits for the GPU
+        self.a, self.s = self.a.to(t.device), self.s.to(t.device)  # once: a copy waits for the GPU
         shape = (-1,) + (1,) * (like_ndim - 1)
         return self.a[t].view(shape), self.s[t].view(shape)
 
@@ -137,7 +137,7 @@ class Schedule:
 
     def visited_steps(self, n, sampler):
         """Which of the T steps a sampler of n visits: n falling integers, by the public schedulers' rules."""
-        T, parts = self.T, n + (sampler == "dpm++")                      # the public one divides by n + 1
+        T, parts = self.T, n + (sampler == "dpm++")  # the public one divides by n + 1
         if self.spacing == "leading":
             t = np.arange(parts)[::-1][:n] * (T // parts) + self.offset
         elif self.spacing == "trailing":
@@ -145,7 +145,7 @@ class Schedule:
         else:
             t = np.linspace(0, T - 1, parts).round()[::-1][:n]
         t = np.clip(t, 0, T - 1).astype(int)
-        if (levels := len(set(t.tolist()))) < n:                         # two equal ones: 0 / 0 in DPM-Solver
+        if (levels := len(set(t.tolist()))) < n:  # two equal ones: 0 / 0 in DPM-Solver
             raise ValueError(f"{n} sampling steps: there are only {levels} noise levels. Use fewer steps")
         return t
 
@@ -155,26 +155,21 @@ class Schedule:
             raise ValueError(f"{n} sampling steps: there are only {self.T} noise levels. Use fewer steps")
         if sampler != "edm":
             return self.sigmas[torch.as_tensor(self.visited_steps(n, sampler))].tolist() + [0.0]
-        rho = 7                                                          # EDM eq. 5
+        rho = 7  # EDM eq. 5
         top, low = self.sigmas[-1].item() ** (1 / rho), self.sigmas[0].item() ** (1 / rho)
         return [(top + i / max(n - 1, 1) * (low - top)) ** rho for i in range(n)] + [0.0]
 
 
-def loss(model, schedule, x0, *cond, min_snr=None, noise_offset=0.0):
+def loss(model, schedule, x0, *cond, min_snr=None):
     """Mean squared error of the network's prediction at a random noise level of each sample.
 
-    x0 (B, C, ...) in about [-1, 1]; model is called as model(x_t, t, *cond); min_snr as in Schedule.weight.
-    noise_offset adds a random constant to each channel of an image, which teaches SDXL very dark and very
-    bright pictures.
+    x0 (B, ...) in about [-1, 1]; model is called as model(x_t, t, *cond); min_snr: as in Schedule.weight.
     """
-    t = torch.randint(schedule.T, (len(x0),), device=x0.device)          # (B,)
+    t = torch.randint(schedule.T, (len(x0),), device=x0.device)  # (B,)
     noise = torch.randn_like(x0)
-    if noise_offset:
-        constant = torch.randn(*x0.shape[:2], *(1,) * (x0.ndim - 2), device=x0.device)
-        noise = noise + noise_offset * constant
     out = model(schedule.add_noise(x0, noise, t), t, *cond)
     error = F.mse_loss(out.float(), schedule.target(x0, noise, t), reduction="none")
-    error = error.flatten(1).mean(1)                                     # (B,)
+    error = error.flatten(1).mean(1)  # (B,)
     return (error if min_snr is None else error * schedule.weight(t, min_snr)).mean()
 
 
@@ -189,11 +184,11 @@ def denoiser(model, schedule, cond, uncond=None, guidance=1.0, decode=None, guid
     guide_above   guide only while sigma is over it: what a picture shows is settled by then (2404.07724)
     """
     guided = uncond is not None and guidance != 1
-    both = join(uncond, cond) if guided else None                        # one batch of 2 B
+    both = join(uncond, cond) if guided else None  # one batch of 2 B
 
     def x0(x, sigma):
         guide = guided and sigma > guide_above
-        x = x / math.sqrt(1 + sigma ** 2)                                # the network sees unit variance
+        x = x / math.sqrt(1 + sigma ** 2)  # the network sees unit variance
         inputs = torch.cat([x, x]) if guide else x
         t = torch.full((len(inputs),), schedule.time_step(sigma), device=x.device)
         out = model(inputs, t, *(both if guide else cond)).float()
@@ -222,7 +217,9 @@ def sample(x0, schedule, noise, steps, sampler="dpm++", randn=torch.randn_like, 
     # The public samplers start from noise alone, or from noise plus data of unit variance. At high noise it
     # makes no difference.
     with_data = sampler in ("ddim", "dpm++") or sampler == "euler" and schedule.spacing == "leading"
-    first = math.sqrt(1 + sigmas[0] ** 2) if with_data and sigmas[0] < 20 else sigmas[0]
+    first = sigmas[0]
+    if with_data and first < 20:
+        first = math.sqrt(1 + first ** 2)
     walk = list(zip(sigmas, sigmas[1:]))
     if sampler == "edm":
         return edm(x0, noise * first, walk, randn, churn)
@@ -287,7 +284,7 @@ class EMA:
     @torch.no_grad()
     def update(self):
         self.step += 1
-        decay = min(self.decay, (1 + self.step) / (10 + self.step))      # follows closely at first
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))  # follows closely at first
         torch._foreach_lerp_(list(self.shadow.values()), list(self.params.values()), 1 - decay)
 
     @contextlib.contextmanager
@@ -331,7 +328,7 @@ class RunFolder:
 
     def __init__(self, out, settings, rank=0, **parts):
         self.out, self.rank, self.parts, self.log = Path(out), rank, parts, []
-        self.settings = json.loads(json.dumps(settings))                 # as they come back from a file
+        self.settings = json.loads(json.dumps(settings))  # as they come back from a file
 
     def resume(self):
         """Load state.pt where there is one -> the step to go on from; 0 for a new run.
@@ -340,7 +337,7 @@ class RunFolder:
         """
         path = self.out / "state.pt"
         self.out.mkdir(parents=True, exist_ok=True)
-        for temporary in self.out.glob(".tmp*") if self.rank == 0 else ():      # of a run that was killed
+        for temporary in self.out.glob(".tmp*") if self.rank == 0 else ():  # of a run that was killed
             temporary.unlink()
         if not path.exists():
             return 0
@@ -456,11 +453,11 @@ def setup(device="auto"):
             raise ValueError(f"device cuda:{index}: CUDA sees {torch.cuda.device_count()} GPUs here. Start "
                              "no more ranks than that, or use the device cpu")
         device = f"cuda:{index}"
-        torch.cuda.set_device(device)                                    # else NCCL takes GPU 0 for all ranks
+        torch.cuda.set_device(device)  # else NCCL takes GPU 0 for all ranks
     if world > 1 and not dist.is_initialized():
-        patience = datetime.timedelta(days=2)                            # ranks may end hours apart
+        patience = datetime.timedelta(days=2)  # ranks may end hours apart
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=patience)
-    torch.set_float32_matmul_precision("high")                           # TF32 on CUDA; no change on the CPU
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA; no change on the CPU
     return torch.device(device), rank, world
 
 
@@ -506,7 +503,8 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
         pin_memory=device.type == "cuda", persistent_workers=workers > 0)
     stream = iter(loader)
     losses, clock = [], time.time()
-    bar = tqdm(range(first, steps), folder.out.name, initial=first, total=steps, disable=rank > 0, mininterval=1)
+    bar = tqdm(range(first, steps), folder.out.name, initial=first, total=steps, disable=rank > 0,
+               mininterval=1)
     for step in bar:
         micro_batches = [next(stream) for _ in range(accumulate)]
         torch.manual_seed(seed_of(seed, step, rank, "noise"))
@@ -514,7 +512,7 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
             group["lr"] = lr * rate(step, steps, warmup, decay)
         error = accumulate_gradients(net, loss, micro_batches, device)
         norm = nn.utils.clip_grad_norm_(trained, clip)
-        losses.append(error + 0 * norm)                                  # NaN where a gradient is not finite
+        losses.append(error + 0 * norm)  # NaN where a gradient is not finite
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         average.update()
@@ -553,7 +551,7 @@ def accumulate_gradients(net, loss, micro_batches, device):
     total = 0
     for i, batch in enumerate(micro_batches):
         early = isinstance(net, DistributedDataParallel) and i < len(micro_batches) - 1
-        with net.no_sync() if early else contextlib.nullcontext():       # ranks exchange gradients once
+        with net.no_sync() if early else contextlib.nullcontext():  # ranks exchange gradients once
             with autocast(device):
                 error = loss(net, to_device(batch, device)) / len(micro_batches)
             error.backward()
@@ -607,10 +605,10 @@ def save(model, folder):
     with atomic_write(folder / (PUBLIC_FILE if part else OWN_FILE)) as temporary:
         try:
             save_file(state, temporary, metadata={"seggen": metadata})
-        except SafetensorError as error:                                 # a full disk, for one
+        except SafetensorError as error:  # a full disk, for one
             raise OSError(f"{folder}: {error}")
         os.umask(umask := os.umask(0))
-        temporary.chmod(0o666 & ~umask)                                  # the library makes it private
+        temporary.chmod(0o666 & ~umask)  # the library makes it private
 
 
 def checkpoint_file(path):
@@ -748,7 +746,7 @@ def main(argv=None):
 
     def spiral_loss(net, batch):
         points, arm = batch
-        arm = torch.where(torch.rand(len(arm), 1) < 0.1, 2, arm)         # 2: the null condition of guidance
+        arm = torch.where(torch.rand(len(arm), 1) < 0.1, 2, arm)  # 2: the null condition of guidance
         return loss(net, schedule, points, arm)
     model = fit(PointDenoiser(), spiral_loss, Spiral(), args.out, steps=args.steps, batch=256, lr=3e-3,
                 seed=args.seed, device="cpu", report_every=400)

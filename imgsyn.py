@@ -4,7 +4,7 @@ Paper:   SegGen (2311.03355) section 3, ImgSyn. ADE20K: 50 images a mask; COCO: 
 Differs: DPM-Solver++(2M) in 15 steps.
 Reads:   masks/ and captions/ of --data's train split; a trained Mask2Img.
 Writes:  OUT pair folder (classes.json, images, masks, instances, captions), meta.json, samples.png.
-Needs:   unet.py, diffusion.py, text2mask.py, mask2img.py, masksyn.py (the writing loop), data/pairs.py.
+Needs:   unet.py, diffusion.py, text2mask.py, mask2img.py, masksyn.py, data/pairs.py.
 
     python imgsyn.py                                         # 64 pairs from the shipped demo weights
     python imgsyn.py --per-mask 4 --limit 100 --out out/shapes/imgsyn4
@@ -14,14 +14,11 @@ Dimension key: B batch, H W pixels, K classes. A job is (source name, k): the k-
 import argparse
 from pathlib import Path
 
-import numpy as np
-
 import diffusion
 from data.pairs import PairFolder, check_classes, dataset_name, find_split, run
-from diffusion import seed_of
 from mask2img import Mask2Img
-from masksyn import describe, find_weights, synthesis_flags, synthesize
-from text2mask import ResizeCrop, outline
+from masksyn import choose_captions, describe, find_weights, paint, synthesis_flags, synthesize
+from text2mask import ResizeCrop
 
 
 def main(argv=None):
@@ -36,25 +33,18 @@ def main(argv=None):
     mask2img = diffusion.load(Mask2Img, path, device)
     check_classes(mask2img.config["classes"], pairs.classes, path)
     position = {name: i for i, name in enumerate(pairs.names)}
-    K, size = len(pairs.classes), mask2img.config["size"]
 
-    def read_mask(i):
-        """Mask i at the size of Mask2Img -> class ids and instances, both (H, W) uint8."""
-        pair = pairs.read(i)
-        crop = ResizeCrop(pair["ids"].shape, size)
+    def read_mask(source):
+        """A human mask at the size of Mask2Img -> class ids and instances, both (H, W) uint8."""
+        pair = pairs.read(position[source])
+        crop = ResizeCrop(pair["ids"].shape, mask2img.config["size"])
         return crop(pair["ids"]), crop(pair["instances"])
 
     def make(jobs):
         """Jobs -> the arguments of write_pair of each: a human mask, and a new image on it."""
-        masks = [read_mask(position[source]) for source, _ in jobs]      # [(ids, instances)]
-        lines = [pairs.captions(position[source]) for source, _ in jobs]
-        captions = [choices[k % len(choices)] for choices, (_, k) in zip(lines, jobs)]
-        edges = mask2img.config["edges"] and pairs.has_instances
-        seen = np.stack([outline(*mask, K) if edges else mask[0] for mask in masks])
-        seeds = [seed_of(args.seed, *job, "image") for job in jobs]
-        images = mask2img.sample(seen, captions, seeds, args.steps, args.guidance, args.sampler)
-        return [dict(image=image, ids=ids, instances=instances if pairs.has_instances else None,
-                     captions=[caption]) for image, (ids, instances), caption in zip(images, masks, captions)]
+        masks = [read_mask(source) for source, _ in jobs]
+        captions = choose_captions(jobs, pairs)
+        return paint(jobs, captions, masks, pairs.has_instances, mask2img, args)
     out = args.out or Path("out") / dataset_name(args.data) / "imgsyn"
     meta = describe(args, pairs.fingerprint(), mask2img=path)
     synthesize(args, out, pairs.names[:args.limit], make, pairs.classes, meta)

@@ -31,15 +31,15 @@ import torch.nn.functional as F
 
 import diffusion
 import unet as networks
-from data.pairs import (PairFolder, check_classes, contact_sheet, find_split, number, palette, read_ids, run,
-                        spread, write_picture)
+from data.pairs import (PairFolder, check_classes, contact_sheet, find_split, number, palette,
+                        read_ids, run, spread, write_picture)
 from diffusion import Schedule, seed_of
-from text2mask import (DROP, SMALL, CaptionedPairs, TextToImage, apply_recipe, drop_captions, encode, fit,
-                       init_flag, sampling_flags, to_pixels, training_flags)
+from text2mask import (DROP, SMALL, CaptionedPairs, TextToImage, apply_recipe, drop_captions,
+                       encode, fit, init_flag, sampling_flags, to_pixels, training_flags)
 from unet import PRESETS, ControlNet, TextEncoder, UNet
 
 SCHEDULE = dict(kind="cosine", prediction="sample", spacing="trailing")
-MIN_SNR = 5.0                  # small models: plain x0 loss (1) leaves textures soft
+MIN_SNR = 5.0  # small models: plain x0 loss (1) leaves textures soft
 BASE = dict(SMALL, lr=3e-3)
 CONTROL = dict(SMALL, steps=2600)
 
@@ -51,21 +51,22 @@ class Mask2Img(TextToImage):
     rest as TextToImage.
     """
 
-    def __init__(self, unet, text, schedule, controlnet, size, classes, edges=False, vae=None, base=None):
+    def __init__(self, unet, text, schedule, controlnet, size, classes, edges=False, vae=None,
+                 base=None):
         super().__init__(unet, text, schedule, size, vae, base)
         self.controlnet = controlnet
         keys = "conditioning_channels", "conditioning_embedding_out_channels"
         own = {key: controlnet.config[key] for key in keys}
         self.config.update(controlnet=own, classes=classes, edges=edges)
         colours = torch.from_numpy(palette(len(classes))).float() / 255
-        self.register_buffer("colours", colours, persistent=False)       # (K + 2, 3) in [0, 1]
+        self.register_buffer("colours", colours, persistent=False)  # (K + 2, 3) in [0, 1]
 
     @classmethod
     def from_config(cls, config, device="cpu"):
         """The model of a config dict, with new weights; one on SDXL reads its base's folder."""
         config = dict(config)
         if "base" in config:
-            del config["controlnet"]                                     # that of the UNet in the folder
+            del config["controlnet"]  # that of the UNet in the folder
             return cls.from_sdxl(config.pop("base"), device, **config)
         unet, text = UNet(**config.pop("unet")), TextEncoder(**config.pop("text"))
         schedule = Schedule(**config.pop("schedule"))
@@ -76,9 +77,10 @@ class Mask2Img(TextToImage):
     def from_sdxl(cls, folder, device="cpu", **arguments):
         """On SDXL's public folder: its UNet, frozen, and a ControlNet that copies its encoder."""
         base = TextToImage.from_sdxl(folder, device, size=arguments["size"])
-        controlnet = ControlNet.from_unet(base.unet)                     # in fp32, before the base is cast
+        controlnet = ControlNet.from_unet(base.unet)  # in fp32, before the base is cast
         base.unet.requires_grad_(False).to(diffusion.precision(device))
-        return cls(base.unet, base.text, base.schedule, controlnet, vae=base.vae, base=folder, **arguments)
+        return cls(base.unet, base.text, base.schedule, controlnet, vae=base.vae, base=folder,
+                   **arguments)
 
     @property
     def checkpoint_part(self):
@@ -101,33 +103,43 @@ class Mask2Img(TextToImage):
 
     def forward(self, x, t, text, time_ids, cond):
         """x (B, C, h, w) noised, t (B,), text and time_ids as TextToImage, cond of `condition` -> as x."""
-        context, pooled = self.text(text) if torch.is_tensor(text) else text     # (B, L, D), (B, P)
-        residuals = self.controlnet(x, t, context, pooled, time_ids, cond)
-        return self.unet(x, t, context, pooled, time_ids, residuals)     # (B, C, h, w)
+        if torch.is_tensor(text):
+            text = self.text(text)
+        context, pooled = text                                              # (B, L, D), (B, P)
+        residuals = self.controlnet(x, t, context, pooled, time_ids, cond)  # for each skip of the UNet
+        return self.unet(x, t, context, pooled, time_ids, residuals)        # (B, C, h, w)
 
     def loss(self, net, batch, drop=DROP, shuffle=False):
         """The diffusion loss. A share `drop` of the samples has neither mask nor caption, on SDXL no caption.
 
         shuffle gives each sample another one's mask, to measure whether the network heeds masks.
         """
-        codes = batch["codes"].roll(1, 0) if shuffle else batch["codes"]         # (B, H, W)
+        codes = batch["codes"].roll(1, 0) if shuffle else batch["codes"]  # (B, H, W)
         keep = torch.rand(len(codes), device=codes.device) >= drop
         tokens, cond = drop_captions(batch["tokens"], keep), self.condition(codes)
         if not self.vae:
             cond = cond * keep[:, None, None, None]
-        return diffusion.loss(net, self.schedule, self.to_latents(batch["image"]), tokens, batch["time_ids"],
-                              cond, min_snr=None if self.vae else MIN_SNR)
+        x0 = self.to_latents(batch["image"])
+        return diffusion.loss(net, self.schedule, x0, tokens, batch["time_ids"], cond,
+                              min_snr=None if self.vae else MIN_SNR)
 
     def sample(self, codes, captions, seeds, steps=15, guidance=1.5, sampler="dpm++"):
         """(B, H, W) uint8 codes, B captions and seeds -> (B, H, W, 3) uint8 images."""
         codes = torch.from_numpy(np.asarray(codes)).long().to(self.colours.device)
         cond = self.condition(codes)
         uncond = cond if self.vae else torch.zeros_like(cond)
-        size = codes.shape[1:]
-        return to_pixels(self.generate(captions, seeds, steps, guidance, sampler, size, (cond,), (uncond,)))
+        x0 = self.generate(captions, seeds, steps, guidance, sampler, size=codes.shape[1:],
+                           cond=(cond,), uncond=(uncond,))
+        return to_pixels(x0)
 
 
 # ---- CLI ---------------------------------------------------------------------------------------------------
+
+def small_base(size):
+    """An untrained base of the built-in size."""
+    unet, text = UNet(**PRESETS["tiny"]["unet"]), TextEncoder(**PRESETS["tiny"]["text"])
+    return TextToImage(unet, text, Schedule(**SCHEDULE), size)
+
 
 def train_base(args):
     """Train the text-to-image base on images and captions alone."""
@@ -135,20 +147,20 @@ def train_base(args):
     diffusion.setup(args.device)
     pairs = PairFolder(find_split(args.data, args.split), ("image",), limit=args.limit)
     torch.manual_seed(seed_of(args.seed, "weights"))
-    unet, text = UNet(**PRESETS["tiny"]["unet"]), TextEncoder(**PRESETS["tiny"]["text"])
-    model = TextToImage(unet, text, Schedule(**SCHEDULE), args.size)
+    model = small_base(args.size)
     pairs.keep()
     data = CaptionedPairs(pairs, args.size, model.text.tokenize)
 
     def loss(net, batch):
         keep = torch.rand(len(batch["tokens"]), device=batch["tokens"].device) >= DROP
         tokens = drop_captions(batch["tokens"], keep)
-        return diffusion.loss(net, model.schedule, batch["image"], tokens, batch["time_ids"], min_snr=MIN_SNR)
+        return diffusion.loss(net, model.schedule, batch["image"], tokens, batch["time_ids"],
+                              min_snr=MIN_SNR)
 
     def picture(model, path):
         captions = [pairs.captions(i)[0] for i in spread(len(data), 32)]
-        images = to_pixels(model.generate(captions, range(len(captions)), 15, 1.5, "dpm++"))
-        contact_sheet({"sample": list(images)}, captions).save(path)
+        x0 = model.generate(captions, range(len(captions)), 15, 1.5, "dpm++")
+        contact_sheet({"sample": list(to_pixels(x0))}, captions).save(path)
     fit(model, loss, data, args, "base", picture)
 
 
@@ -164,8 +176,7 @@ def new_model(args, classes, device):
         base = diffusion.load(TextToImage, args.init)
         base.requires_grad_(args.unfreeze)
     else:
-        unet, text = UNet(**PRESETS["tiny"]["unet"]), TextEncoder(**PRESETS["tiny"]["text"])
-        base = TextToImage(unet, text, Schedule(**SCHEDULE), args.size)
+        base = small_base(args.size)
     own = dict(PRESETS["tiny"]["controlnet"], conditioning_channels=len(classes) + 2)
     controlnet = ControlNet.from_unet(base.unet, **own)
     return Mask2Img(base.unet, base.text, base.schedule, controlnet, **options)
@@ -187,37 +198,47 @@ def train(args):
 
     # Samples and the condition gap are those of val, where there is one.
     val = pairs.folder.parent / "val"
-    val = CaptionedPairs(PairFolder(val if val.is_dir() else pairs.folder, parts), args.size,
-                         model.text.tokenize, augment=False)
+    if not val.is_dir():
+        val = pairs.folder
+    val = CaptionedPairs(PairFolder(val, parts), args.size, model.text.tokenize, augment=False)
     check_classes(val.pairs.classes, pairs.classes, val.pairs.folder)
-    shown = spread(len(val), 8 if model.vae else 24)
-    measured = spread(len(val), 64)
+    shown, measured = spread(len(val), 8 if model.vae else 24), spread(len(val), 64)
     for i in {*shown, *measured}:
-        val[i, 0]                                                        # find a bad file now, not at a save
+        val[i, 0]  # finds a broken file now, not at the first save
 
     def picture(model, path):
-        items = [val[i, 0] for i in shown]
-        codes = np.stack([item["codes"].numpy().astype(np.uint8) for item in items])
-        captions = [val.pairs.captions(i)[0] for i in shown]
-        rows = {"mask": list(palette(len(pairs.classes))[codes]),
-                "sample": list(model.sample(codes, captions, range(len(shown)))),
-                "real": list(to_pixels(torch.stack([item["image"] for item in items])))}
-        contact_sheet(rows, captions, pairs.classes).save(path)
+        draw_samples(model, val, shown).save(path)
 
     def measure(model):
-        """Condition gap: the loss with other images' masks minus that with the right ones. Near 0, the
-        network ignores masks."""
-        device, gap = next(model.parameters()).device, 0.0
-        parts = -(-len(measured) // 16)
-        for part in range(parts):
-            items = [val[i, 0] for i in measured[part::parts]]
-            batch = diffusion.to_device(torch.utils.data.default_collate(items), device)
-            for shuffle, sign in ((True, 1), (False, -1)):
-                torch.manual_seed(part)
-                with torch.no_grad(), model.autocast():
-                    gap += sign * len(items) * model.loss(model, batch, drop=0.0, shuffle=shuffle).item()
-        return dict(condition_gap=gap / len(measured))
+        return dict(condition_gap=condition_gap(model, val, measured))
     fit(model, model.loss, data, args, "mask2img", picture, measure)
+
+
+def draw_samples(model, data, indices):
+    """A contact sheet of masks, the images painted on them, and the real ones."""
+    items = [data[i, 0] for i in indices]
+    codes = np.stack([item["codes"].numpy().astype(np.uint8) for item in items])
+    captions = [data.pairs.captions(i)[0] for i in indices]
+    classes = data.pairs.classes
+    rows = {"mask": list(palette(len(classes))[codes]),
+            "sample": list(model.sample(codes, captions, range(len(items)))),
+            "real": list(to_pixels(torch.stack([item["image"] for item in items])))}
+    return contact_sheet(rows, captions, classes)
+
+
+def condition_gap(model, data, indices):
+    """The loss with other images' masks minus that with the right ones. Near 0, the network ignores masks."""
+    device, gap = next(model.parameters()).device, 0.0
+    parts = -(-len(indices) // 16)
+    for part in range(parts):
+        items = [data[i, 0] for i in indices[part::parts]]
+        batch = diffusion.to_device(torch.utils.data.default_collate(items), device)
+        for shuffle, sign in ((True, 1), (False, -1)):
+            torch.manual_seed(part)  # the same noise for both
+            with torch.no_grad(), model.autocast():
+                loss = model.loss(model, batch, drop=0.0, shuffle=shuffle)
+            gap += sign * len(items) * loss.item()
+    return gap / len(indices)
 
 
 def sample(args):
@@ -228,12 +249,14 @@ def sample(args):
     codes = read_ids(args.mask, len(classes))
     height, width = codes.shape
     if height % 8 or width % 8:
-        raise ValueError(f"{args.mask}: {width} x {height} pixels. Give a mask with sides that 8 divides")
+        raise ValueError(f"{args.mask}: {width} x {height} pixels. Give a mask with sides that 8 "
+                         "divides")
     seeds = [seed_of(args.seed, k) for k in range(args.count)]
     captions = [args.prompt] * args.count
-    images = model.sample(np.repeat(codes[None], args.count, 0), captions, seeds, args.steps, args.guidance,
-                          args.sampler)
-    sheet = contact_sheet({"": [encode(codes, len(classes)), *images]}, ["the mask", *captions], classes)
+    masks = np.repeat(codes[None], args.count, 0)
+    images = model.sample(masks, captions, seeds, args.steps, args.guidance, args.sampler)
+    pictures = [encode(codes, len(classes)), *images]
+    sheet = contact_sheet({"": pictures}, ["the mask", *captions], classes)
     write_picture(args.out / "images.png", sheet)
     print(f"{args.out}: images.png, the mask and {args.count} images")
 

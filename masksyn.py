@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 import diffusion
 from data.pairs import (ROOT, PairFolder, check_classes, contact_sheet, dataset_name, find_split, number,
-                        palette, read_json, remove_temporary, run, spread, write_json,
+                        outline, palette, read_json, remove_temporary, run, spread, write_json,
                         write_pair, write_picture)
 from diffusion import SAMPLERS, seed_of
 from mask2img import Mask2Img
-from text2mask import Text2Mask, outline, segments, words_of
+from text2mask import Text2Mask, segments, words_of
 
 
 def split_jobs(sources, per_source, batch, rank, world):
@@ -41,7 +41,10 @@ def split_jobs(sources, per_source, batch, rank, world):
     the same batch, and comes out the same, for any number of ranks and for a larger per_source.
     """
     parts = [sources[i:i + batch] for i in range(0, len(sources), batch)]
-    return [[(source, k) for source in part] for k in range(per_source) for part in parts][rank::world]
+    batches = []
+    for k in range(per_source):
+        batches += [[(source, k) for source in part] for part in parts]
+    return batches[rank::world]
 
 
 def pair_name(job):
@@ -58,10 +61,11 @@ def check_output(out, meta):
     if not any(out.glob("images/*")):
         return
     if not (out / "meta.json").is_file():
-        raise ValueError(f"{out}: holds images, but no meta.json of a synthesis. Choose another folder")
+        raise ValueError(f"{out}: holds images, but no meta.json of a synthesis. Choose another "
+                         "folder")
     if read_json(out / "meta.json") != meta:
-        raise ValueError(f"{out}: holds pairs of other settings, data or weights (see meta.json). Choose "
-                         "another folder or delete it")
+        raise ValueError(f"{out}: holds pairs of other settings, data or weights (see meta.json). "
+                         "Choose another folder or delete it")
 
 
 def describe(args, source, **checkpoints):
@@ -86,14 +90,16 @@ def synthesize(args, out, sources, make, classes, meta, title=""):
     check_output(out, meta)
     batches = split_jobs(sources, args.per_source, args.batch, rank, world)
     todo = [jobs for jobs in batches if not all(exists(out, job) for job in jobs)]
-    first = make(todo[0]) if todo else []                    # bad input ends the run before a folder is made
+    # The first batch comes before the folder: bad input ends the run here, and leaves nothing.
+    first = make(todo[0]) if todo else []
     if rank == 0:
         remove_temporary(out)
         write_json(out / "meta.json", meta)
         write_json(out / "classes.json", classes)
     if world > 1:
         dist.barrier()
-    with tqdm(total=sum(map(len, todo)), desc=out.name, unit="pair", disable=rank > 0) as bar:
+    count = sum(len(jobs) for jobs in todo)
+    with tqdm(total=count, desc=out.name, unit="pair", disable=rank > 0) as bar:
         for n, jobs in enumerate(todo):
             # A batch is made as one even where some of its pairs exist: the same batch gives the same bytes.
             for job, pair in zip(jobs, make(jobs) if n else first):
@@ -104,15 +110,17 @@ def synthesize(args, out, sources, make, classes, meta, title=""):
         dist.barrier()
     if rank == 0:
         draw_samples(out, classes, title)
-        print(f"{out}: {len(sources) * args.per_source} pairs; look at {out / 'samples.png'}")
+        count = len(sources) * args.per_source
+        print(f"{out}: {count} pairs; look at {out / 'samples.png'}")
 
 
 def draw_samples(out, classes, title="", count=24):
     """OUT/samples.png: pairs from all over the folder, each with its caption."""
     pairs = PairFolder(out, ("image", "ids"))
     shown = spread(len(pairs), count)
-    colours, read = palette(len(classes)), [pairs.read(i) for i in shown]
-    rows = {"mask": [colours[pair["ids"]] for pair in read], "image": [pair["image"] for pair in read]}
+    colours = palette(len(classes))
+    rows = {"mask": [colours[pairs.read(i)["ids"]] for i in shown],
+            "image": [pairs.read(i)["image"] for i in shown]}
     captions = [] if title else [pairs.captions(i)[0] for i in shown]
     write_picture(out / "samples.png", contact_sheet(rows, captions, classes, title))
 
@@ -128,7 +136,7 @@ def unknown_words(prompt, data):
     """The words of a prompt that no training caption of the data holds; none where it has no captions."""
     try:
         folder = find_split(data, "train")
-    except ValueError:                                       # a prompt needs no data
+    except ValueError:  # a prompt needs no data
         return []
     texts = [path.read_text(encoding="utf-8") for path in folder.glob("captions/[!.]*.txt")]
     known = set(words_of(" ".join(texts)))
@@ -138,14 +146,17 @@ def unknown_words(prompt, data):
 def synthesis_flags(parser, per_source):
     """The flags that MaskSyn and ImgSyn share."""
     add = parser.add_argument
+    positive = number(int, 1)
     add("--data", default="shapes", help="NAME (data/NAME) or a folder with train/ and val/")
     add("--out", type=Path, help="pair folder to write (default: out/NAME/masksyn or imgsyn)")
-    add("--mask2img", type=Path, help="trained Mask2Img (default: the shipped one, else out/NAME/mask2img)")
-    add("--limit", type=number(int, 1), default=64, help="use the first N captions or masks")
-    add(per_source, dest="per_source", type=number(int, 1), default=1, help="pairs of each")
-    add("--batch", type=number(int, 1), default=16, help="pairs at a time")
-    add("--steps", type=number(int, 1), default=15, help="sampling steps of an image")
-    add("--guidance", type=number(float, 0), default=1.5, help="guidance of images; 1 = none")
+    add("--mask2img", type=Path,
+        help="trained Mask2Img (default: the shipped one, else out/NAME/mask2img)")
+    add("--limit", type=positive, default=64, help="use the first N captions or masks")
+    add(per_source, dest="per_source", type=positive, default=1, help="pairs of each")
+    add("--batch", type=positive, default=16, help="pairs at a time")
+    add("--steps", type=positive, default=15, help="sampling steps of an image")
+    add("--guidance", type=number(float, 0), default=1.5,
+        help="guidance of images; 1 = none")
     add("--sampler", choices=tuple(SAMPLERS), default="dpm++",
         help="of images; edm evaluates the network twice a step and adds fresh noise")
     add("--seed", type=int, default=0, help="another seed, other pairs")
@@ -159,12 +170,16 @@ def parse(argv):
     add = parser.add_argument
     add("--text2mask", type=Path,
         help="trained Text2Mask (default: the shipped one, else out/NAME/text2mask)")
-    add("--mask-steps", type=number(int, 1), default=12, help="sampling steps of a mask")
+    positive = number(int, 1)
+    add("--mask-steps", type=positive, default=12, help="sampling steps of a mask")
     add("--mask-sampler", choices=tuple(SAMPLERS), default="edm", help="of masks")
-    add("--mask-guidance", type=number(float, 0), default=2.0, help="guidance of masks; 1 = none")
-    add("--min-region", type=number(int, 1), default=8, help="smaller regions go to their surroundings")
-    add("--prompt", help="pairs of this caption, in out/NAME/prompt, which is replaced each time")
-    add("--count", type=number(int, 1), default=8, help="pairs of --prompt")
+    add("--mask-guidance", type=number(float, 0), default=2.0,
+        help="guidance of masks; 1 = none")
+    add("--min-region", type=positive, default=8,
+        help="smaller regions of a mask go to their surroundings")
+    add("--prompt",
+        help="pairs of this caption, in out/NAME/prompt, which is replaced each time")
+    add("--count", type=positive, default=8, help="pairs of --prompt")
     return parser.parse_args(argv)
 
 
@@ -174,11 +189,11 @@ def load_generators(args, device):
              "mask2img": find_weights(args.data, "mask2img", args.mask2img)}
     text2mask = diffusion.load(Text2Mask, paths["text2mask"], device)
     mask2img = diffusion.load(Mask2Img, paths["mask2img"], device)
-    check_classes(mask2img.config["classes"], text2mask.config["classes"], paths["mask2img"])
-    sizes = [tuple(model.config["size"]) for model in (text2mask, mask2img)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"{paths['mask2img']}: paints (H, W) {sizes[1]}, and {paths['text2mask']} {sizes[0]}."
-                         " Train both at one size")
+    first, second = text2mask.config, mask2img.config
+    check_classes(second["classes"], first["classes"], paths["mask2img"])
+    if second["size"] != first["size"]:
+        raise ValueError(f"{paths['mask2img']}: paints (H, W) {second['size']}, and "
+                         f"{paths['text2mask']} {first['size']}. Train both at one size")
     return text2mask, mask2img, paths
 
 
@@ -187,15 +202,37 @@ def make_pairs(jobs, captions, text2mask, mask2img, args):
     classes = text2mask.config["classes"]
     isthing = [c["isthing"] for c in classes]
     seeds = [seed_of(args.seed, *job, "mask") for job in jobs]
-    codes = text2mask.sample(captions, seeds, args.mask_steps, args.mask_guidance, args.mask_sampler)
-    masks = [segments(c, isthing, args.min_region) for c in codes]       # [(ids, instances)]
+    codes = text2mask.sample(captions, seeds, args.mask_steps, args.mask_guidance,
+                             args.mask_sampler)
+    masks = [segments(c, isthing, args.min_region) for c in codes]  # [(ids, instances)]
+    return paint(jobs, captions, masks, any(isthing), mask2img, args)
 
-    edges = mask2img.config["edges"] and any(isthing)
-    seen = np.stack([outline(*mask, len(classes)) if edges else mask[0] for mask in masks])
+
+def paint(jobs, captions, masks, has_instances, mask2img, args):
+    """The second half of both modes: an image on each mask -> the arguments of write_pair of each job.
+
+    masks: (ids, instances) of each, both (H, W) uint8.
+    """
+    edges = mask2img.config["edges"] and has_instances
+    K = len(mask2img.config["classes"])
+    codes = np.stack([outline(*mask, K) if edges else mask[0] for mask in masks])
     seeds = [seed_of(args.seed, *job, "image") for job in jobs]
-    images = mask2img.sample(seen, captions, seeds, args.steps, args.guidance, args.sampler)
-    return [dict(image=image, ids=ids, instances=instances if any(isthing) else None, captions=[caption])
-            for image, (ids, instances), caption in zip(images, masks, captions)]
+    images = mask2img.sample(codes, captions, seeds, args.steps, args.guidance, args.sampler)
+    pairs = []
+    for image, (ids, instances), caption in zip(images, masks, captions):
+        instances = instances if has_instances else None
+        pairs.append(dict(image=image, ids=ids, instances=instances, captions=[caption]))
+    return pairs
+
+
+def choose_captions(jobs, pairs):
+    """A caption of each job's source, its captions in turn; pairs: the PairFolder of the sources."""
+    position = {name: i for i, name in enumerate(pairs.names)}
+    captions = []
+    for source, k in jobs:
+        choices = pairs.captions(position[source])
+        captions.append(choices[k % len(choices)])
+    return captions
 
 
 def main(argv=None):
@@ -207,12 +244,9 @@ def main(argv=None):
     text2mask, mask2img, paths = load_generators(args, device)
     pairs = PairFolder(folder, ("ids",))
     check_classes(text2mask.config["classes"], pairs.classes, paths["text2mask"])
-    position = {name: i for i, name in enumerate(pairs.names)}
 
     def make(jobs):
-        lines = [pairs.captions(position[source]) for source, _ in jobs]
-        captions = [choices[k % len(choices)] for choices, (_, k) in zip(lines, jobs)]
-        return make_pairs(jobs, captions, text2mask, mask2img, args)
+        return make_pairs(jobs, choose_captions(jobs, pairs), text2mask, mask2img, args)
     out = args.out or Path("out") / dataset_name(args.data) / "masksyn"
     meta = describe(args, pairs.fingerprint(), **paths)
     synthesize(args, out, pairs.names[:args.limit], make, pairs.classes, meta)
@@ -225,17 +259,17 @@ def paint_prompt(args):
     device, _, _ = diffusion.setup(args.device)
     text2mask, mask2img, paths = load_generators(args, device)
     if unknown := unknown_words(args.prompt, args.data):
-        print(f"No training caption of {args.data} holds: {', '.join(unknown)}. The weights have not learned "
-              "what that looks like.")
+        print(f"No training caption of {args.data} holds: {', '.join(unknown)}. The weights have not "
+              "learned what that looks like.")
 
     def make(jobs):
         return make_pairs(jobs, [args.prompt] * len(jobs), text2mask, mask2img, args)
     out = args.out or Path("out") / dataset_name(args.data) / "prompt"
     if (out / "meta.json").is_file() and "prompt" in read_json(out / "meta.json"):
-        shutil.rmtree(out)                                   # of another prompt; nothing else is deleted
+        shutil.rmtree(out)  # of another prompt; nothing else is deleted
     meta = describe(args, args.prompt, **paths)
-    sources = [f"prompt{n}" for n in range(args.count)]
-    synthesize(args, out, sources, make, text2mask.config["classes"], meta, title=args.prompt)
+    sources, classes = [f"prompt{n}" for n in range(args.count)], text2mask.config["classes"]
+    synthesize(args, out, sources, make, classes, meta, title=args.prompt)
 
 
 if __name__ == "__main__":

@@ -35,12 +35,12 @@ from torch import nn
 
 import diffusion
 import unet as networks
-from data.pairs import (ROOT, PairFolder, contact_sheet, dataset_name, find_split, number, palette,
-                        picture_size, run, spread, write_mask, write_picture)
+from data.pairs import (ROOT, PairFolder, contact_sheet, dataset_name, find_split, number, outline,
+                        palette, picture_size, run, spread, write_mask, write_picture)
 from diffusion import SAMPLERS, Schedule, seed_of
 from unet import PRESETS, VAE, SDXLText, TextEncoder, UNet
 
-DROP = 0.1                     # share of captions left out in training, for classifier-free guidance
+DROP = 0.1  # share of captions left out in training, for classifier-free guidance
 # Defaults of the training commands: those of SDXL where --init is its folder; batch and EMA are ours [?].
 SMALL = dict(size=(64, 64), steps=5000, batch=16, lr=2e-3, workers=0, save_every=500)
 SDXL = dict(size=(768, 768), steps=30_000, batch=4, lr=1e-5, workers=4, save_every=2500)
@@ -55,15 +55,6 @@ def encode(ids, K, instances=None):
     return palette(K)[codes]
 
 
-def outline(ids, instances, K):
-    """(H, W) class ids and instances -> codes: a segment's last pixels right and down become edge."""
-    segment = ids.astype(np.int64) * 256 + instances
-    edge = np.zeros(ids.shape, bool)
-    edge[:, :-1] |= segment[:, :-1] != segment[:, 1:]
-    edge[:-1] |= segment[:-1] != segment[1:]
-    return np.where(edge, K + 1, ids).astype(np.uint8)
-
-
 def decode(colours, K, ambiguity=0.8):
     """(H, W, 3) uint8 -> (H, W) uint8 codes by the nearest palette colour.
 
@@ -73,8 +64,8 @@ def decode(colours, K, ambiguity=0.8):
     pixels = torch.from_numpy(np.array(colours, np.float32)).reshape(-1, 3)
     code_colours = torch.from_numpy(palette(K).astype(np.float32))
     codes = []
-    for part in pixels.split(1 << 18):                                   # all of 2 MP would take 1.2 GB
-        distance, code = torch.cdist(part, code_colours).topk(2, largest=False)      # (N, 2)
+    for part in pixels.split(1 << 18):  # all of 2 MP would take 1.2 GB
+        distance, code = torch.cdist(part, code_colours).topk(2, largest=False)  # (N, 2)
         codes.append(torch.where(distance[:, 0] > ambiguity * distance[:, 1], 0, code[:, 0]))
     return torch.cat(codes).reshape(colours.shape[:2]).to(torch.uint8).numpy()
 
@@ -86,7 +77,7 @@ def components(values):
     """
     index = np.arange(values.size).reshape(values.shape)
     right, down = values[:, 1:] == values[:, :-1], values[1:] == values[:-1]
-    a = np.concatenate([index[:, :-1][right], index[:-1][down]])         # pairs of neighbours of equal value
+    a = np.concatenate([index[:, :-1][right], index[:-1][down]])  # pairs of neighbours of equal value
     b = np.concatenate([index[:, 1:][right], index[1:][down]])
     label = index.ravel().copy()
     while len(a):
@@ -108,7 +99,7 @@ def grow(known, *maps):
         for axis, shift in ((0, 1), (0, -1), (1, 1), (1, -1)):
             border = (slice(None),) * axis + (0 if shift == 1 else -1,)
             take = np.roll(before, shift, axis)
-            take[border] = False                                         # nothing is beyond the border
+            take[border] = False  # nothing is beyond the border
             take &= ~known
             for m in maps:
                 m[take] = np.roll(m, shift, axis)[take]
@@ -187,7 +178,8 @@ class CaptionedPairs(torch.utils.data.Dataset):
     seeded = True
 
     def __init__(self, pairs, size, tokenize, augment=True):
-        self.pairs, self.size, self.tokenize, self.augment = pairs, tuple(size), tokenize, augment
+        self.pairs, self.size = pairs, tuple(size)
+        self.tokenize, self.augment = tokenize, augment
 
     def __len__(self):
         return len(self.pairs)
@@ -197,20 +189,27 @@ class CaptionedPairs(torch.utils.data.Dataset):
         rng = np.random.default_rng(seed)
         pair, captions = self.pairs.read(index), self.pairs.captions(index)
         source = next(iter(pair.values())).shape[:2]
-        caption = captions[rng.integers(len(captions))] if self.augment else captions[0]
-        mirror = self.augment and rng.random() < 0.5 and not {"left", "right"} & set(words_of(caption))
+        caption, mirror = captions[0], False
+        if self.augment:
+            caption = captions[rng.integers(len(captions))]
+            mirror = rng.random() < 0.5 and not {"left", "right"} & set(words_of(caption))
         crop = ResizeCrop(source, self.size, rng if self.augment else None)
-        views = {part: crop(array)[:, ::-1] if mirror else crop(array) for part, array in pair.items()}
-        left = crop.room - crop.left if mirror else crop.left            # of the mirrored picture's crop
+        views = {part: crop(array) for part, array in pair.items()}
+        left = crop.left
+        if mirror:
+            views = {part: view[:, ::-1] for part, view in views.items()}
+            left = crop.room - crop.left  # the crop's corner in the mirrored picture
 
+        time_ids = [*source, crop.top, left, *self.size]
         item = dict(tokens=self.tokenize([caption])[0],
-                    time_ids=torch.tensor([*source, crop.top, left, *self.size], dtype=torch.float32))
+                    time_ids=torch.tensor(time_ids, dtype=torch.float32))
         if "image" in views:
-            pixels = torch.from_numpy(views["image"].copy()).permute(2, 0, 1)        # (3, H, W)
+            pixels = torch.from_numpy(views["image"].copy()).permute(2, 0, 1)  # (3, H, W)
             item["image"] = pixels.float() / 127.5 - 1
         if "ids" in views:
             codes = views["ids"]
-            if "instances" in views and self.pairs.has_instances:        # outlined last: edges one pixel wide
+            if "instances" in views and self.pairs.has_instances:
+                # Outlined after resizing, so that edges are one pixel wide.
                 codes = outline(codes, views["instances"], len(self.pairs.classes))
             item["codes"] = torch.from_numpy(codes.astype(np.int64))
         return item
@@ -253,7 +252,8 @@ class TextToImage(nn.Module):
         halvings = len(unet.config["block_out_channels"]) - 1
         factor = vae.factor if vae else unet.config["patch_size"] * 2 ** halvings
         if size[0] % factor or size[1] % factor:
-            raise ValueError(f"size {size[1]} x {size[0]}: both sides must be multiples of {factor}")
+            raise ValueError(f"size {size[1]} x {size[0]}: not a multiple of {factor}. Choose one "
+                             "whose sides are")
 
     @classmethod
     def from_config(cls, config, device="cpu"):
@@ -276,15 +276,17 @@ class TextToImage(nn.Module):
     def forward(self, x, t, text, time_ids):
         """x (B, C, H, W) noised, t (B,), text (B, L) tokens or what `encode_text` made of them, time_ids
         (B, 6) -> the schedule's prediction, as x."""
-        context, pooled = self.text(text) if torch.is_tensor(text) else text     # (B, L, D), (B, P)
-        return self.unet(x, t, context, pooled, time_ids)                # (B, C, H, W)
+        if torch.is_tensor(text):
+            text = self.text(text)
+        context, pooled = text                             # (B, L, D), (B, P)
+        return self.unet(x, t, context, pooled, time_ids)  # (B, C, H, W)
 
     @torch.no_grad()
     def to_latents(self, x):
         """Pictures (B, 3, H, W) in [-1, 1] -> what the UNet paints: these, or a sample of their latents."""
         if self.vae is None:
             return x
-        with torch.autocast(x.device.type, enabled=False):               # SDXL's VAE needs fp32
+        with torch.autocast(x.device.type, enabled=False):  # SDXL's VAE needs fp32
             return self.vae.encode(x.float())
 
     @torch.no_grad()
@@ -336,7 +338,7 @@ class TextToImage(nn.Module):
         with self.autocast():
             # SDXL gets the size and the crop of its picture as a condition: here an uncropped one.
             time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=device)
-            time_ids = time_ids.expand(len(captions), -1)                # (B, 6)
+            time_ids = time_ids.expand(len(captions), -1)  # (B, 6)
             cond = self.encode_text(captions, device), time_ids, *cond
             uncond = self.encode_text([""] * len(captions), device), time_ids, *uncond
             x0 = diffusion.denoiser(self, self.schedule, cond, uncond, guidance, decode, guide_above)
@@ -351,7 +353,8 @@ def drop_captions(tokens, keep):
 
 def to_pixels(x0):
     """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8."""
-    return ((x0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = ((x0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 class Text2Mask(TextToImage):
@@ -364,7 +367,7 @@ class Text2Mask(TextToImage):
         super().__init__(unet, text, schedule, size, vae, base)
         self.config.update(classes=classes, edges=edges)
         colours = torch.from_numpy(palette(len(classes))).float() / 127.5 - 1
-        self.register_buffer("colours", colours, persistent=False)       # (K + 2, 3) in [-1, 1]
+        self.register_buffer("colours", colours, persistent=False)  # (K + 2, 3) in [-1, 1]
         self.register_buffer("class_weights", torch.ones(len(colours)), persistent=False)
 
     @classmethod
@@ -384,19 +387,20 @@ class Text2Mask(TextToImage):
     def loss(self, net, batch, drop=DROP):
         """Pixels: cross-entropy of the codes at a random noise level. SDXL: the diffusion loss of the colour
         map's latents. A share `drop` of the captions is left out."""
-        codes = batch["codes"]                                           # (B, H, W)
-        x0 = self.colours[codes].permute(0, 3, 1, 2)                     # (B, 3, H, W)
+        codes = batch["codes"]                        # (B, H, W)
+        x0 = self.colours[codes].permute(0, 3, 1, 2)  # (B, 3, H, W)
         if self.vae:
             keep = torch.rand(len(codes), device=codes.device) >= drop
             tokens = drop_captions(batch["tokens"], keep)
-            return diffusion.loss(net, self.schedule, self.to_latents(x0), tokens, batch["time_ids"])
+            z0 = self.to_latents(x0)
+            return diffusion.loss(net, self.schedule, z0, tokens, batch["time_ids"])
         # Flat colours show through much noise: train mostly there (7 of 10 samples with sigma > 1).
         u = torch.rand(len(codes), device=codes.device)
         t = ((1 - u ** 2) * self.schedule.T).long().clamp(max=self.schedule.T - 1)
         x = self.schedule.add_noise(x0, torch.randn_like(x0), t)
         keep = torch.rand(len(codes), device=codes.device) >= drop
         tokens = drop_captions(batch["tokens"], keep)
-        logits = net(x, t, tokens, batch["time_ids"]).float()            # (B, K + 2, H, W)
+        logits = net(x, t, tokens, batch["time_ids"]).float()  # (B, K + 2, H, W)
         # Weight rare classes up in the loss, and add log(weight) to the logits so that the optimum is still
         # the true class probability (logit adjustment, 2007.07314).
         logits = logits + self.class_weights.log().view(-1, 1, 1)
@@ -421,11 +425,11 @@ class Text2Mask(TextToImage):
 
             def decode_logits(logits):
                 nonlocal last
-                last = logits                                            # (B, K + 2, H, W)
+                last = logits  # (B, K + 2, H, W)
                 return self.expected_colours(logits)
             # Guidance at lower noise would make flat shapes swell and merge.
-            x0 = self.generate(captions, seeds, steps, guidance, sampler, size, decode=decode_logits,
-                               guide_above=5.0)
+            x0 = self.generate(captions, seeds, steps, guidance, sampler, size,
+                               decode=decode_logits, guide_above=5.0)
             codes = last.argmax(1).to(torch.uint8).cpu().numpy()
         colour_maps = (x0.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5
         return (codes, colour_maps) if maps else codes
@@ -457,14 +461,15 @@ def training_flags(parser, small):
         help="NAME (data/NAME) or a folder with train/ and val/ (default: shapes)")
     add("--out", type=Path, help="folder of the results (default: out/NAME/STAGE)")
     add("--size", type=picture_size, help=f"64 or 96x72, width x height {default('size')}")
-    add("--limit", type=number(int, 1), help="use the first N training pairs only")
-    add("--steps", type=number(int, 1), help=f"training steps {default('steps')}")
-    add("--batch", type=number(int, 1), help=f"samples a micro-batch and rank {default('batch')}")
-    add("--accumulate", type=number(int, 1), default=1, help="micro-batches a step (default: 1)")
+    positive = number(int, 1)
+    add("--limit", type=positive, help="use the first N training pairs only")
+    add("--steps", type=positive, help=f"training steps {default('steps')}")
+    add("--batch", type=positive, help=f"samples a micro-batch and rank {default('batch')}")
+    add("--accumulate", type=positive, default=1, help="micro-batches a step (default: 1)")
     add("--lr", type=number(float, 0, above=True), help=f"peak learning rate {default('lr')}")
     add("--seed", type=int, default=0, help="of the first weights, batches and noise (default: 0)")
     add("--workers", type=number(int, 0), help=f"processes that load data {default('workers')}")
-    add("--save-every", type=number(int, 1), help=f"steps between saves {default('save_every')}")
+    add("--save-every", type=positive, help=f"steps between saves {default('save_every')}")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     add("--compile", action="store_true", help="torch.compile, for CUDA")
     parser.set_defaults(recipe=small, init=None)
@@ -482,7 +487,7 @@ def apply_recipe(args):
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.sdxl:
-        args.init = args.init.resolve()                                  # a checkpoint names its base
+        args.init = args.init.resolve()  # a checkpoint names its base
 
 
 def sampling_flags(parser, stage, steps, guidance, sampler):
@@ -504,11 +509,11 @@ def fit(model, loss, data, args, stage, picture, measure=None):
     keys = ("data", "split", "init", "limit", "unfreeze", "controlnet")
     settings = {key: str(getattr(args, key)) for key in keys if hasattr(args, key)}
     settings["pairs"] = data.pairs.fingerprint()
-    if args.init and not args.sdxl:                                      # nobody retrains SDXL in its place
+    if args.init and not args.sdxl:  # nobody retrains SDXL in its place
         settings["init"] += f" {diffusion.weights_hash(args.init)}"
 
-    loop = dict(steps=args.steps, batch=args.batch, accumulate=args.accumulate, lr=args.lr, seed=args.seed,
-                device=args.device, compile=args.compile, workers=args.workers, save_every=args.save_every)
+    keys = ("steps", "batch", "accumulate", "lr", "seed", "device", "compile", "workers", "save_every")
+    loop = {key: getattr(args, key) for key in keys}
     if args.sdxl:
         loop.update(SDXL_LOOP)
         model.enable_checkpointing()

@@ -1,174 +1,153 @@
-"""mask2former.py beside transformers' Mask2Former: the same weights, images and targets, turn by turn.
+"""mask2former.py beside transformers' Mask2Former: the same weights, images and targets, in turns.
 
-Swin-T at full size with random weights. Measured: the forward pass, a training step (matching, loss,
-backward, AdamW), and the peak memory of each. The two take turns within one process, so that other load of
-the machine falls on both; the table gives medians. Memory is measured in processes of their own: on the CPU
-the highest resident size above that of a process with everything imported and nothing built, on CUDA the
-allocator's peak.
+A Swin-T network at full size with random weights. Measured are the forward pass and a training step
+(matching, loss, backward, AdamW): seconds and peak memory.
 
-Needs:  mask2former.py; packages: transformers, scipy
-Writes: nothing, unless --json FILE
+Reads:  nothing; the weights are random.
+Writes: nothing, unless --json FILE.
+Needs:  mask2former.py, bench/turns.py, data/pairs.py; packages: transformers, scipy.
 
     python bench/vs_transformers.py --sizes 256 512
+
+Dimension key: B batch, H W pixels, N segments of an image.
 """
-import argparse
-import json
-import statistics
-import subprocess
+import functools
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import mask2former as m2f  # noqa: E402
+import mask2former
+from data.pairs import run
+from turns import SIDES, number_of_child, parser_of, peak_memory, report, take_turns
 
-CLASSES = 133
+CLASSES = 133                  # COCO panoptic
+SEGMENTS = 12                  # of an image
+WHAT = "forward", "step"
 
 
-def make_weights(folder):
-    """A random Swin-T Mask2Former of transformers (COCO panoptic: 133 classes, 100 queries) in `folder`."""
+def write_model(folder):
+    """Write a random Swin-T Mask2Former of transformers (100 queries) to a folder."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
     torch.manual_seed(0)
-    width, depths, heads, window = m2f.SWINS["swin_t"]
-    swin = SwinConfig(embed_dim=width, depths=list(depths), num_heads=list(heads), window_size=window,
-                      drop_path_rate=0.3, out_features=[f"stage{i}" for i in (1, 2, 3, 4)])
-    config = Mask2FormerConfig(backbone_config=swin, num_labels=CLASSES)
+    swin = mask2former.SWINS["swin_t"]
+    backbone = SwinConfig(
+        embed_dim=swin["embed_dim"], depths=swin["depths"], num_heads=swin["num_heads"],
+        window_size=swin["window_size"][0], drop_path_rate=0.3,
+        out_features=["stage1", "stage2", "stage3", "stage4"])
+    config = Mask2FormerConfig(backbone_config=backbone, num_labels=CLASSES)
     Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
 
 
-def batch(size, n, device):
-    """n images (n, 3, size, size) in 0..1 and targets: 12 rectangles each."""
+def random_batch(size, n, device):
+    """n images (B, 3, H, W) in 0..1, and their targets: rectangles."""
     rng = np.random.default_rng(0)
-    truth = []
+    targets = []
     for _ in range(n):
-        masks = torch.zeros(12, size, size, dtype=torch.bool)
+        masks = torch.zeros(SEGMENTS, size, size, dtype=torch.bool)      # (N, H, W)
         for mask in masks:
             y, x = rng.integers(0, size * 3 // 4, 2)
             mask[y:y + size // 4, x:x + size // 3] = True
-        truth.append({"labels": torch.from_numpy(rng.integers(0, CLASSES, 12)).to(device),
-                      "masks": masks.to(device)})
-    return torch.from_numpy(rng.random((n, 3, size, size), np.float32)).to(device), truth
+        labels = torch.from_numpy(rng.integers(0, CLASSES, SEGMENTS))    # (N,)
+        targets.append({"labels": labels.to(device), "masks": masks.to(device)})
+    images = torch.from_numpy(rng.random((n, 3, size, size), np.float32))
+    return images.to(device), targets
 
 
-def ours(folder, device, compiled):
-    model = m2f.load(folder).to(device)
-    net = torch.compile(model) if compiled else model
-    return model, lambda x, truth: model.loss(net(x), truth)[0], net
+class Ours:
+    def __init__(self, folder, device):
+        self.model = mask2former.load(folder).to(device)
+        self.net = self.model
+
+    def forward(self, images):
+        output = self.net(images)[-1]
+        return mask2former.mask_logits(output)
+
+    def loss(self, images, targets):
+        return self.model.loss(self.net(images), targets)[0]
 
 
-def theirs(folder, device, compiled):
-    from transformers import Mask2FormerForUniversalSegmentation
-    model = Mask2FormerForUniversalSegmentation.from_pretrained(folder).to(device).eval()
-    net = torch.compile(model) if compiled else model
-    mean, std = (torch.tensor(n, device=device)[:, None, None] for n in (m2f.MEAN, m2f.STD))
+class Theirs:
+    def __init__(self, folder, device):
+        from transformers import Mask2FormerForUniversalSegmentation
+        self.model = Mask2FormerForUniversalSegmentation.from_pretrained(folder).to(device).eval()
+        self.net = self.model
+        self.mean = torch.tensor(mask2former.MEAN, device=device).view(3, 1, 1)
+        self.std = torch.tensor(mask2former.STD, device=device).view(3, 1, 1)
 
-    def loss(x, truth):
-        return net((x - mean) / std, mask_labels=[t["masks"].float() for t in truth],
-                     class_labels=[t["labels"] for t in truth]).loss
-    return model, loss, lambda x: net((x - mean) / std)
+    def normalise(self, images):
+        return (images - self.mean) / self.std
 
+    def forward(self, images):
+        return self.net(self.normalise(images)).masks_queries_logits
 
-class Runner:
-    """One of the two libraries: run("forward" or "step", images, targets) -> seconds it took."""
-
-    def __init__(self, side, folder, device, compiled=False):
-        self.model, self.loss, self.call = {"ours": ours, "theirs": theirs}[side](folder, device, compiled)
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), 1e-6, fused=True)
-        self.device = device
-
-    def run(self, what, x, truth):
-        start = self.now()
-        if what == "forward":
-            with torch.no_grad():
-                out = self.call(x)
-                if isinstance(out, list):
-                    out[-1]["mask_logits"]
-        else:
-            self.loss(x, truth).backward()
-            self.optimiser.step()
-            self.optimiser.zero_grad(set_to_none=True)
-        return self.now() - start
-
-    def now(self):
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def loss(self, images, targets):
+        masks = [target["masks"].float() for target in targets]
+        labels = [target["labels"] for target in targets]
+        return self.net(self.normalise(images), mask_labels=masks, class_labels=labels).loss
 
 
-def resident(name):
-    """VmRSS or VmHWM of this process in MB."""
-    return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) / 1024
+def build(side, what, folder, size, args):
+    """The call that does `what`, one of WHAT, by one side."""
+    library = {"ours": Ours, "theirs": Theirs}[side](folder, args.device)
+    if side in args.compile:
+        library.net = torch.compile(library.model)
+    images, targets = random_batch(size, args.batch, args.device)
+    if what == "forward":
+        return torch.no_grad()(functools.partial(library.forward, images))
+    optimiser = torch.optim.AdamW(library.model.parameters(), 1e-6, fused=True)
+
+    def step():
+        loss = library.loss(images, targets)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return loss.detach()
+    return step
 
 
-def peak(side, what, size, n, folder, device):
-    """MB at the peak of one call, the weights included (a step: gradients and optimiser state as well)."""
-    import transformers  # noqa: F401, both sides start from the same imports
-    base = resident("VmRSS")
-    runner, data = Runner(side, folder, device), batch(size, n, device)
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")        # the peak of loading is not that of running
-    for _ in range(2 if what == "step" else 1):              # from the second on the optimiser has its state
-        runner.run(what, *data)
-    cuda = device.startswith("cuda")
-    return torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else resident("VmHWM") - base
+def measure(args, folder, argv):
+    """Yield the rows of the table: times first, then memory in MB."""
+    cases = [(size, what) for size in args.sizes for what in args.what]
+    for size, what in cases if args.rounds else ():
+        calls = {side: build(side, what, folder, size, args) for side in SIDES}
+        seconds, outputs = take_turns(calls, args.rounds, args.device)
+        ours, theirs = (outputs[side] for side in SIDES)
+        # The losses compare masks at other random points, so they differ by some percent.
+        difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+        yield dict(what=f"{size} px, {what}, s", **seconds, difference=difference)
+    for size, what in cases if args.memory else ():
+        peaks = {side: number_of_child(*argv, "--peak", side, what, folder, size) for side in SIDES}
+        yield dict(what=f"{size} px, {what}, MB", **peaks)
 
 
-def measure(args, folder):
-    """Yields rows {"size", "what", "ours", "theirs"} of times in seconds and peaks in MB."""
-    runners = {side: Runner(side, folder, args.device, side in args.compile)
-               for side in ("ours", "theirs") if args.rounds}
-    for size in args.sizes if args.rounds else ():
-        data = batch(size, args.batch, args.device)
-        for what in args.what:
-            times = {side: [] for side in runners}
-            for turn in range(args.rounds + 1):                                  # the first turn warms up
-                for side in sorted(runners, reverse=turn % 2):
-                    times[side].append(runners[side].run(what, *data))
-            medians = {side: statistics.median(t[1:]) for side, t in times.items()}
-            yield dict(size=size, what=f"{what}, s", **medians)
-    for size in args.sizes if args.memory else ():
-        for what in args.what:
-            asked = [[side, what, str(size), str(args.batch), folder, args.device]
-                     for side in ("ours", "theirs")]
-            found = [subprocess.run([sys.executable, __file__, "--peak", *a], check=True, capture_output=True,
-                                    text=True).stdout.split()[-1] for a in asked]
-            yield dict(size=size, what=f"{what}, MB", ours=float(found[0]), theirs=float(found[1]))
+def print_peak(args):
+    """What a process that measures memory does. Both sides start from the same imports."""
+    from transformers import Mask2FormerForUniversalSegmentation  # noqa: F401
+    side, what, folder, size = args.peak
+    args.compile = []
+    repeat = 2 if what == "step" else 1
+    print(peak_memory(lambda: build(side, what, folder, int(size), args), args.device, repeat))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512], help="side of the square images")
-    parser.add_argument("--batch", type=int, default=1, help="images at a time")
-    parser.add_argument("--what", nargs="+", choices=("forward", "step"), default=["forward", "step"])
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each, 0: memory only")
-    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peaks")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", nargs="*", choices=("ours", "theirs"), default=[],
-                        help="torch.compile one or both (times only)")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    parser.add_argument("--peak", nargs=6, help=argparse.SUPPRESS)               # a child process of --memory
-    args = parser.parse_args()
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    parser = parser_of(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--sizes", type=int, nargs="+", default=[256, 512], help="sides of the square images")
+    add("--batch", type=int, default=1, help="images at a time")
+    add("--what", nargs="+", choices=WHAT, default=list(WHAT), help="what is measured")
+    add("--compile", nargs="*", choices=SIDES, default=[], help="torch.compile these sides (times only)")
+    args = parser.parse_args(argv)
     if args.peak:
-        side, what, size, n, folder, device = args.peak
-        return print(peak(side, what, int(size), int(n), folder, device))
+        return print_peak(args)
     with tempfile.TemporaryDirectory(prefix="mask2former-swin-tiny-coco-panoptic-") as folder:
-        make_weights(folder)
-        print("| px | what | ours | transformers | transformers / ours |\n|---|---|---|---|---|")
-        rows = []
-        for row in measure(args, folder):
-            rows.append(row)
-            print("| {size} | {what} | {ours:.3f} | {theirs:.3f} |".format(**row),
-                  f"{row['theirs'] / row['ours']:.2f} |", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+        write_model(folder)
+        report(measure(args, folder, argv), args)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -45,11 +45,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-ROOT = Path(__file__).resolve().parent.parent        # the project
-MAX_CLASSES = 214                                    # 6 x 6 x 6 colours, less void and edge
-CROWD = 255                                          # the instance number of a crowd region
-KEEP_BYTES = 2e9                                     # sets up to this size stay in memory, decoded
-CHANNELS = {"image": 3, "ids": 1, "instances": 1}    # what a pair consists of
+ROOT = Path(__file__).resolve().parent.parent      # the project
+MAX_CLASSES = 214                                  # 6 x 6 x 6 colours, less void and edge
+CROWD = 255                                        # the instance number of a crowd region
+KEEP_BYTES = 2e9                                   # sets up to this size stay in memory, decoded
+CHANNELS = {"image": 3, "ids": 1, "instances": 1}  # what a pair consists of
 FONT = ImageFont.load_default(12)
 
 
@@ -68,6 +68,15 @@ def palette(K):
     code = np.arange(K + 2)
     green, red, blue = code // base ** 2, code // base % base, code % base
     return np.minimum(step * np.stack([red, green, blue], 1), 255).astype(np.uint8)
+
+
+def outline(ids, instances, K):
+    """(H, W) class ids and instances -> codes: a segment's last pixels right and down become edge."""
+    segment = ids.astype(np.int64) * 256 + instances
+    edge = np.zeros(ids.shape, bool)
+    edge[:, :-1] |= segment[:, :-1] != segment[:, 1:]
+    edge[:-1] |= segment[:-1] != segment[1:]
+    return np.where(edge, K + 1, ids).astype(np.uint8)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -254,7 +263,7 @@ class PairFolder:
         shape = self.shapes[i]
         pixels = np.frombuffer(self.memory, np.uint8, math.prod(shape), self.offsets[i])
         ends = np.cumsum([CHANNELS[part] for part in self.parts])
-        arrays = np.split(pixels.reshape(shape), ends[:-1], axis=2)          # (H, W, channels) a part
+        arrays = np.split(pixels.reshape(shape), ends[:-1], axis=2)  # (H, W, channels) a part
         return {part: array if part == "image" else array[..., 0]
                 for part, array in zip(self.parts, arrays)}
 
@@ -287,11 +296,11 @@ class PairFolder:
             end += math.prod(header_size(path)) * depth
             if end > most:
                 return
-        memory, self.shapes = RawArray("B", end), [None] * len(self)         # shared by fork and by spawn
+        memory, self.shapes = RawArray("B", end), [None] * len(self)  # shared by fork and by spawn
         pixels = np.frombuffer(memory, np.uint8)
 
         def store(i):
-            stack = np.dstack(list(self.decode(i).values()))                 # (H, W, channels of all parts)
+            stack = np.dstack(list(self.decode(i).values()))  # (H, W, channels of all parts)
             pixels[self.offsets[i]:self.offsets[i] + stack.size] = stack.ravel()
             self.shapes[i] = stack.shape
         with ThreadPoolExecutor() as pool:
@@ -449,7 +458,7 @@ def prepare_splits(out, splits, classes, read, size, bar):
     size     None links the images; N resizes their shorter side, (H, W) both sides. Masks: by NEAREST
     bar      tqdm, or what is called like it
     """
-    palette(len(classes))                                # refuses too many classes
+    palette(len(classes))  # refuses too many classes
     folders = {Path(out) / split: jobs for split, jobs in splits.items()}
     for folder in folders:
         path = folder / "classes.json"
@@ -614,7 +623,7 @@ def contact_sheet(rows, captions=(), classes=(), title="", columns=8):
 
     left = 8 + max(round(FONT.getlength(name)) for name in rows)
     row_height, text_height = height + 4, 16 * max([text.count("\n") + 1 for text in texts], default=0)
-    block = len(rows) * row_height + text_height + 6                         # all rows of `columns` pictures
+    block = len(rows) * row_height + text_height + 6  # all rows of `columns` pictures
     top = 22 if title else 2
     foot = top + block * -(-count // columns)
     sheet = Image.new("RGB", (left + columns * (width + 4), foot), "white")
