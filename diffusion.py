@@ -26,6 +26,7 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 import time
 from pathlib import Path
@@ -59,6 +60,8 @@ class Schedule:
     def __init__(self, kind="scaled_linear", prediction="epsilon", spacing="leading", offset=1, T=1000):
         if prediction not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"prediction {prediction!r}: epsilon, v_prediction or sample is needed")
+        if spacing not in ("leading", "trailing", "linspace"):
+            raise ValueError(f"spacing {spacing!r}: leading, trailing or linspace is needed")
         self.config = dict(kind=kind, prediction=prediction, spacing=spacing, offset=offset, T=T)
         self.prediction, self.spacing, self.offset, self.T = prediction, spacing, offset, T
         if kind == "scaled_linear":
@@ -91,10 +94,10 @@ class Schedule:
         return cls(prediction=config["prediction_type"], spacing=config["timestep_spacing"],
                    offset=config.get("steps_offset", 0))
 
-    def scales(self, t, like_ndim):
+    def scales(self, t, ndim):
         """t (B,) long -> a_t and s_t, shaped to broadcast over tensors of that many dimensions."""
         self.a, self.s = self.a.to(t.device), self.s.to(t.device)  # once: a copy waits for the GPU
-        shape = (-1,) + (1,) * (like_ndim - 1)
+        shape = (-1,) + (1,) * (ndim - 1)
         return self.a[t].view(shape), self.s[t].view(shape)
 
     def add_noise(self, x0, noise, t):
@@ -343,7 +346,7 @@ class RunFolder:
             return 0
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{path}: not a state to resume ({reason}). Delete {self.out} to start again")
         self.check_settings(json.loads(state.get("settings", "{}")))
@@ -423,7 +426,7 @@ class SeededItems(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         index, seed = key
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.7 ms
         return self.dataset[index]
 
 
@@ -445,7 +448,7 @@ def setup(device="auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = device.partition(":")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if kind not in ("cpu", "cuda") or index and not index.isdigit():
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError(f"device {device}: not a device. Use cpu, cuda, cuda:1 ... or auto")
     if kind == "cuda":
         index = int(index or (os.environ["LOCAL_RANK"] if world > 1 else 0))
@@ -560,12 +563,14 @@ def accumulate_gradients(net, loss, micro_batches, device):
 
 
 def to_device(batch, device):
-    """A tensor, or a dict, list or tuple of them, moved to the device."""
+    """A tensor, or a dict, list or tuple of them, moved to the device; anything else as it is."""
     if torch.is_tensor(batch):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
-    return type(batch)(to_device(value, device) for value in batch)
+    if isinstance(batch, (list, tuple)):
+        return [to_device(value, device) for value in batch]
+    return batch
 
 
 def rate(step, steps, warmup, decay):
@@ -731,7 +736,8 @@ def run(main):
     except (ValueError, OSError) as error:
         if "SEGGEN_DEBUG" in os.environ:
             raise
-        sys.exit(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
+        text = str(error).strip() or repr(error)
+        sys.exit(text.splitlines()[-1].removeprefix("ValueError: "))
 
 
 def main(argv=None):

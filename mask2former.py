@@ -1283,7 +1283,8 @@ def run(main):
     except (ValueError, OSError) as error:
         if "SEGGEN_DEBUG" in os.environ:
             raise
-        sys.exit(str(error).strip().splitlines()[-1])
+        text = str(error).strip() or repr(error)
+        sys.exit(text.splitlines()[-1].removeprefix("ValueError: "))
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import diffusion
-from data.pairs import (ROOT, PairFolder, check_classes, contact_sheet, dataset_name, find_split, number,
-                        outline, palette, read_json, remove_temporary, run, spread, write_json,
-                        write_pair, write_picture)
+from data.pairs import (ROOT, PairFolder, check_classes, contact_sheet, dataset_name, find_split,
+                        list_files, number, open_picture, outline, palette, read_captions, read_ids,
+                        read_json, remove_temporary, run, spread, write_json, write_pair, write_picture)
 from diffusion import SAMPLERS, seed_of
 from mask2img import Mask2Img
 from text2mask import Text2Mask, segments, words_of
@@ -68,10 +68,15 @@ def check_output(out, meta):
                          "Choose another folder or delete it")
 
 
+def holds_prompt(out):
+    """Whether a folder holds pairs of --prompt, which the next prompt replaces; no others are deleted."""
+    return (out / "meta.json").is_file() and "prompt" in read_json(out / "meta.json")
+
+
 def describe(args, source, **checkpoints):
     """What makes pairs what they are, for meta.json: settings, source data, weights."""
     # Left out: what asks for more of the same pairs, or for the same pairs in another place.
-    passed_over = ("out", "limit", "per_source", "device", "count")
+    passed_over = ("out", "limit", "per_source", "device", "count", "prompt")
     meta = {key: str(value) for key, value in vars(args).items() if key not in passed_over}
     for name, path in checkpoints.items():
         meta[f"{name}_weights"] = diffusion.weights_hash(path)
@@ -85,14 +90,21 @@ def synthesize(args, out, sources, make, classes, meta, title=""):
     make     make(jobs) -> for each job the arguments of write_pair: image, ids, instances, captions
     classes  the content of classes.json
     meta     what makes these pairs what they are; raises ValueError where `out` holds others
+    title    the caption of all pairs (--prompt); they replace those of an earlier prompt
     """
     _, rank, world = diffusion.setup(args.device)
-    check_output(out, meta)
+    replace = bool(title) and holds_prompt(out)
+    if not replace:
+        check_output(out, meta)
     batches = split_jobs(sources, args.per_source, args.batch, rank, world)
-    todo = [jobs for jobs in batches if not all(exists(out, job) for job in jobs)]
+    todo = [jobs for jobs in batches if replace or not all(exists(out, job) for job in jobs)]
     # The first batch comes before the folder: bad input ends the run here, and leaves nothing.
     first = make(todo[0]) if todo else []
+    if world > 1:
+        dist.barrier()  # every rank has looked at the folder
     if rank == 0:
+        if replace:
+            shutil.rmtree(out)
         remove_temporary(out)
         write_json(out / "meta.json", meta)
         write_json(out / "classes.json", classes)
@@ -116,12 +128,12 @@ def synthesize(args, out, sources, make, classes, meta, title=""):
 
 def draw_samples(out, classes, title="", count=24):
     """OUT/samples.png: pairs from all over the folder, each with its caption."""
-    pairs = PairFolder(out, ("image", "ids"))
-    shown = spread(len(pairs), count)
-    colours = palette(len(classes))
-    rows = {"mask": [colours[pairs.read(i)["ids"]] for i in shown],
-            "image": [pairs.read(i)["image"] for i in shown]}
-    captions = [] if title else [pairs.captions(i)[0] for i in shown]
+    images = list(list_files(out / "images", (".png",)).items())  # each means a complete pair
+    images = [images[i] for i in spread(len(images), count)]
+    masks = [read_ids(out / "masks" / f"{name}.png", len(classes)) for name, _ in images]
+    rows = {"mask": list(palette(len(classes))[np.stack(masks)]),
+            "image": [np.asarray(open_picture(path)) for _, path in images]}
+    captions = [] if title else [read_captions(out, name)[0] for name, _ in images]
     write_picture(out / "samples.png", contact_sheet(rows, captions, classes, title))
 
 
@@ -138,9 +150,11 @@ def unknown_words(prompt, data):
         folder = find_split(data, "train")
     except ValueError:  # a prompt needs no data
         return []
-    texts = [path.read_text(encoding="utf-8") for path in folder.glob("captions/[!.]*.txt")]
-    known = set(words_of(" ".join(texts)))
-    return [word for word in words_of(prompt) if word not in known] if known else []
+    known = set()
+    for path in folder.glob("captions/[!.]*.txt"):
+        known.update(words_of(" ".join(read_captions(folder, path.stem))))
+    words = dict.fromkeys(words_of(prompt))  # each once, in their order
+    return [word for word in words if word not in known] if known else []
 
 
 def synthesis_flags(parser, per_source):
@@ -256,18 +270,17 @@ def paint_prompt(args):
     """--prompt: --count pairs of one caption. It needs no data: the classes are those of the weights."""
     if not args.prompt.strip():
         raise ValueError("--prompt: is empty. Say what the pictures should show")
-    device, _, _ = diffusion.setup(args.device)
+    device, rank, _ = diffusion.setup(args.device)
     text2mask, mask2img, paths = load_generators(args, device)
-    if unknown := unknown_words(args.prompt, args.data):
+    unknown = unknown_words(args.prompt, args.data)
+    if unknown and rank == 0:
         print(f"No training caption of {args.data} holds: {', '.join(unknown)}. The weights have not "
               "learned what that looks like.")
 
     def make(jobs):
         return make_pairs(jobs, [args.prompt] * len(jobs), text2mask, mask2img, args)
     out = args.out or Path("out") / dataset_name(args.data) / "prompt"
-    if (out / "meta.json").is_file() and "prompt" in read_json(out / "meta.json"):
-        shutil.rmtree(out)  # of another prompt; nothing else is deleted
-    meta = describe(args, args.prompt, **paths)
+    meta = describe(args, args.prompt, **paths) | {"prompt": args.prompt}
     sources, classes = [f"prompt{n}" for n in range(args.count)], text2mask.config["classes"]
     synthesize(args, out, sources, make, classes, meta, title=args.prompt)
 

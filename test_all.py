@@ -1,2847 +1,328 @@
-"""Everything the project promises, checked against something it did not write: closed forms, brute force, pycocotools,
-and, where installed, diffusers, transformers and scipy. Real samples are read from the folder that the environment
-variable SEGGEN_TEST_DATA names; without it their tests skip.
+"""The promises of every file, checked against something that this project did not write: closed forms, brute
+force, slow loops, public implementations; resumed runs against undisturbed ones; every script end to end.
 
-    pytest test_all.py
+    pytest test_all.py  # minutes on two cores; no network, no GPU
+    pip install diffusers transformers scipy accelerate  # and the comparisons marked `peer` run too
+    SEGGEN_TEST_DATA=FOLDER pytest test_all.py -m real  # on samples of CamVid, COCO and ADE20K
+
+Sections in the order of the files. Mistakes of users are tables: what is spoiled, the command, words of the message.
 """
 import ast
 import contextlib
-import importlib.util
-import io
+import copy
+import functools
 import itertools
 import json
 import math
+import multiprocessing
+import operator
 import os
 import pickle
 import random
 import re
+import resource
+import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from safetensors.torch import load, save, save_file
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 import diffusion
+import imgsyn
 import mask2former as m2f
+import mask2img
+import masksyn
 import text2mask
 import train as T
 import unet as nets
-from text2mask import clean, components, decode, encode, grow, outlined, palette, segments
+from bench import camvid as bench_camvid, compare as C, masks
+from data import pairs as P
+from data.ade20k import prepare as ade
+from data.camvid import prepare as camvid
+from data.coco import export, prepare as coco
+from data.pairs import CROWD, PairFolder, outline, palette
+from data.shapes import prepare as shapes
+from diffusion import Batches, EMA, PointDenoiser, Schedule, Spiral, denoiser, sample, seed_of, setup
+from mask2img import Mask2Img
+from text2mask import (CaptionedPairs, ResizeCrop, Text2Mask, TextToImage, clean, components, decode, encode,
+                       grow, segments)
+
+REPO = Path(P.__file__).resolve().parents[1]
 
 
-# ======================================== The codec, the process, both syntheses, the promises about the files
+@pytest.fixture(autouse=True)
+def skip_what_is_missing(request):
+    """Markers that need something of the machine: see .pytest.ini."""
+    for marker, here in (("gpu", torch.cuda.is_available()), ("real", "SEGGEN_TEST_DATA" in os.environ),
+                         ("slow", "SEGGEN_SLOW" in os.environ)):
+        if request.node.get_closest_marker(marker) and not here:
+            pytest.skip(f"{marker}: not available here")
 
-REPO = Path(__file__).resolve().parent
-FILES = ("unet", "diffusion", "text2mask", "mask2img", "masksyn", "imgsyn", "mask2former", "train")
+# ---- helpers of several sections ---------------------------------------------------------------------------
 
-
-def script(*args, ok=True, cwd=None, **environment):
-    """Runs a script of the project; a failure must be one line and not a traceback."""
-    run = subprocess.run([sys.executable, *map(str, args)], cwd=cwd or REPO, capture_output=True, text=True,
-                         env={**os.environ, "PYTHONPATH": str(REPO), **environment})
-    if ok:
-        assert run.returncode == 0, run.stderr[-2000:]
-    else:
-        assert run.returncode != 0 and "Traceback" not in run.stderr, run.stderr[-2000:]
-    return run
-
-
-def bytes_of(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
-
-
-# ---- the mask codec ---------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("K", [1, 2, 6, 13, 25, 62, 133, 150, 214])
-def test_codec_round_trip(K):
-    ids = np.random.default_rng(K).integers(0, K + 1, (40, 50)).astype(np.uint8)
-    assert len({tuple(c) for c in palette(K).tolist()}) == K + 2
-    assert (decode(encode(ids, K), K) == ids).all()
-    noisy = np.clip(encode(ids, K).astype(int) + np.random.default_rng(0).integers(-9, 10, (40, 50, 3)), 0, 255)
-    assert (decode(noisy.astype(np.uint8), K) == ids).all()
-
-
-def test_palette_is_the_published_one():
-    assert palette(150)[[1, 2, 6]].tolist() == [[0, 0, 51], [0, 0, 102], [51, 0, 0]]       # wall, building, ceiling
-
-
-def test_decode_gives_ambiguous_pixels_to_void():
-    middle = (palette(150)[1].astype(int) + palette(150)[2]) // 2
-    assert decode(np.full((2, 2, 3), middle, np.uint8), 150).max() == 0
-
-
-def test_components_equal_a_flood_fill():
-    rng = np.random.default_rng(0)
-    for _ in range(30):
-        values = rng.integers(0, 3, rng.integers(1, 13, 2))
-        label, seen = components(values), np.full(values.shape, -1)
-        for start in np.ndindex(values.shape):
-            stack = [start] if seen[start] < 0 else []
-            while stack:
-                i, j = at = stack.pop()
-                if seen[at] < 0 and values[at] == values[start]:
-                    seen[at] = start[0] * values.shape[1] + start[1]
-                    stack += [(a, b) for a, b in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1))
-                              if 0 <= a < values.shape[0] and 0 <= b < values.shape[1]]
-        assert (label == seen).all()
-
-
-def test_clean_removes_specks_and_keeps_the_rest():
-    ids = np.ones((20, 20), np.uint8)
-    ids[:, 10:] = 2
-    truth = ids.copy()
-    ids[3:5, 3:5], ids[15, 15] = 3, 0
-    assert (clean(ids, 8) == truth).all() and (clean(ids, 4)[3:5, 3:5] == 3).all()
-    assert (grow(np.zeros((3, 3), bool), truth[:3, :3])[0] == truth[:3, :3]).all()       # nothing known: as it was
-
-
-def test_instances_come_back_from_their_outlines():
-    ids, instances = np.ones((32, 32), np.uint8), np.zeros((32, 32), np.uint8)
-    ids[8:20, 4:28], instances[8:20, 4:16], instances[8:20, 16:28] = 2, 1, 2             # two touching things
-    back, found = segments(outlined(ids, instances, 2), [False, True])
-    assert (back == ids).mean() > 0.9 and found.max() == 2
-    assert len({(a, b) for a, b in zip(instances[10:18, 6:26].ravel(), found[10:18, 6:26].ravel())}) <= 4
-    assert segments(ids, [False, True])[1].max() == 1                                    # without edges they are one
-
-
-def large_pair(root, size=(480, 640)):
-    """A pair folder of one photo of (H, W), larger than it is trained at: two things that touch, on stuff."""
-    ids, instances = np.ones(size, np.uint8), np.zeros(size, np.uint8)
-    ids[160:400, 100:541], instances[160:400, 100:320], instances[160:400, 320:541] = 2, 1, 2
-    for part, picture in (("masks", ids), ("instances", instances), ("images", np.stack([90 * ids] * 3, -1))):
-        (root / part).mkdir(parents=True)
-        Image.fromarray(picture).save(root / part / "a.png")
-    (root / "classes.json").write_text('[{"name": "sky", "isthing": false}, {"name": "ball", "isthing": true}]')
+def pair_folder(root, names=("a", "b", "c"), instances=True):
+    """Pairs of noise of 3 classes; image i is i pixels larger than 16 x 12."""
+    P.write_json(root / "classes.json", [{"name": f"class{k}", "isthing": k == 2} for k in (1, 2, 3)])
+    for i, name in enumerate(names):
+        noise = np.random.default_rng(i).integers(0, 256, (5, 16 + i, 12 + i), np.uint8)
+        P.write_pair(root, name, noise[:3].T, noise[3].T % 4, noise[4].T if instances else None, [name], 3)
     return root
 
 
-@pytest.mark.parametrize("size", [(64, 64), (72, 96), (256, 256), (768, 768)])
-def test_generators_train_on_the_outlines_that_synthesis_draws(tmp_path, size):
-    import imgsyn
-    pairs = text2mask.Pairs(large_pair(tmp_path), size, lambda captions: torch.zeros(1, 4), edges=True, augment=False)
-    codes = pairs[0, 0]["codes"].numpy()
-    assert (codes == outlined(*imgsyn.read_mask(tmp_path, "a", 2, size), 2)).all()
-    assert segments(codes.astype(np.uint8), [False, True])[1].max() == 2
-
-
-def test_photos_shrink_by_the_mean_and_grow_smoothly():
-    ramp = np.repeat(np.arange(0, 256, 32, dtype=np.uint8)[None], 8, 0)                  # 8 grey levels, 8 x 8
-    photo, mask = Image.fromarray(np.stack([ramp] * 3, -1)), Image.fromarray(ramp)
-    half, double = text2mask.placed((8, 8), (4, 4), None)[0], text2mask.placed((8, 8), (16, 16), None)[0]
-    assert np.asarray(half(photo))[0, :, 0].tolist() == [16, 80, 144, 208]
-    grown = np.asarray(double(photo))[0, 2:-2, 0].astype(int)
-    assert len(set(grown)) == len(grown) and (np.diff(grown) > 0).all()                  # no steps of two equal pixels
-    assert set(np.unique(double(mask))) == set(np.unique(half(mask))) | set(np.unique(ramp))
-
-
-@pytest.mark.parametrize("mode", ["I;16", "I"])
-def test_grey_of_16_bits_is_scaled_not_clipped(mode):
-    grey = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
-    image = Image.fromarray(grey) if mode == "I;16" else Image.fromarray(grey.astype(np.int32))
-    assert image.mode == mode
-    for read in (text2mask.rgb, m2f.rgb):
-        assert (np.asarray(read(image)) == (grey >> 8)[..., None]).all()
-
-
-def test_a_negative_id_is_told_in_one_line(tmp_path):
-    Image.fromarray(np.full((4, 4), -1, np.int32)).save(tmp_path / "a.tiff")
-    with pytest.raises(SystemExit, match="looked for ids of 0 to 3, found class id -1"):
-        text2mask.read_ids(tmp_path / "a.tiff", 3)
-
-
-@pytest.mark.parametrize("classes, words", [
-    ('[{"name": null}]', "found .None, False."), ('[{"name": "a", "isthing": "no"}]', "found .'a', 'no'."), ("[[1]]", "TypeError"),
-    ("{", "JSONDecodeError")])
-def test_both_readers_of_classes_refuse_the_same(tmp_path, classes, words):
-    (tmp_path / "classes.json").write_text(classes)
-    with pytest.raises(SystemExit, match=words):
-        text2mask.read_classes(tmp_path)
-    with pytest.raises(T.BadInput, match="classes.json: looked for a list"):
-        T.read_classes(tmp_path)
-    (tmp_path / "classes.json").write_text('[{"name": "a"}]')
-    assert text2mask.read_classes(tmp_path) == T.read_classes(tmp_path) == [{"name": "a", "isthing": False}]
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"sky": 5}', '{"sky": [5]}'])
-def test_a_garbled_list_of_words_is_told_in_one_line(tmp_path, text):
-    (tmp_path / "words.json").write_text(text)
-    with pytest.raises(SystemExit, match="words.json: looked for {class: .words.}"):
-        text2mask.read_words(tmp_path / "words.json")
-
-
-def test_bad_input_of_a_synthesis_leaves_no_folder(shapes, tmp_path, monkeypatch):
-    import imgsyn
-    data = shutil.copytree(shapes, tmp_path / "data")
-    flags = ("--data", data, "--limit", 2, "--device", "cpu", "--mask2img", Path(REPO, "weights/shapes/mask2img"))
-    for more, words in ((("--steps", 1001), "take fewer"), (("--steps", 10 ** 20), "take fewer")):
-        with pytest.raises(SystemExit, match=words):
-            run(monkeypatch, imgsyn, *flags, *more, "--out", tmp_path / "out")
-    mask = data / "train" / "masks" / f"{text2mask.names_of(data / 'train')[0][1]}.png"
-    Image.open(mask).convert("RGB").save(mask)
-    with pytest.raises(SystemExit, match="not colours"):
-        run(monkeypatch, imgsyn, *flags, "--steps", 1, "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_captions_name_classes_by_words_and_phrases():
-    forms = {"car": ["car", "cars"], "dining table": ["dining table"], "sky": ["under the sky"], "ship": ["ship"]}
-    assert text2mask.named("Two cars, a dining  table; no ships without sky.", forms) == {"car", "dining table"}
-    assert text2mask.named("under the sky: a ship", forms) == {"sky", "ship"}
-
-
-@pytest.mark.parametrize("per, batch, world", [(1, 4, 1), (3, 4, 2), (2, 16, 3)])
-def test_work_covers_all_pairs_once_and_more_of_each_leaves_the_rest(per, batch, world):
-    import masksyn
-    sources = [f"s{i}" for i in range(10)]
-    ranks = [masksyn.work(sources, per, batch, rank, world) for rank in range(world)]
-    jobs = [job for part in ranks for jobs in part for job in jobs]
-    assert sorted(jobs) == sorted((s, k) for s in sources for k in range(per))
-    more, longer = masksyn.work(sources, per + 1, batch, 0, 1), masksyn.work(sources * 2, 1, batch, 0, 1)
-    assert more[:-(-10 // batch) * per] == masksyn.work(sources, per, batch, 0, 1)
-    assert longer[:10 // batch] == masksyn.work(sources, 1, batch, 0, 1)[:10 // batch]
-
-
-# ---- the process ------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("kind", ["cosine", "scaled_linear"])
-def test_targets_and_to_x0_agree(kind, prediction):
-    schedule = diffusion.Schedule(kind, prediction)
-    x0, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    for t in (10, 500, 900):
-        steps = torch.full((2,), t)
-        x, out = schedule.noised(x0, noise, steps), schedule.target(x0, noise, steps)
-        assert torch.allclose(schedule.to_x0(out, x, schedule.sigmas[t].item()), x0, atol=2e-3)
-
-
-def test_a_schedule_stays_on_the_cpu():
-    with torch.device("meta"):                                           # as `load` does with a GPU
-        schedule = diffusion.Schedule()
-    assert all(schedule.t_of(sigma) == i for i, sigma in enumerate(schedule.sigmas.tolist()))
-
-
-@pytest.mark.parametrize("sampler", ["euler", "ddim", "dpm++", "edm"])
-def test_samplers_reach_a_gaussian_exactly(sampler):
-    """Data of N(m, s^2) has the closed-form denoiser (s^2 x + sigma^2 m) / (s^2 + sigma^2)."""
-    m, s = 0.3, 0.5
-    torch.manual_seed(0)
-    out = diffusion.sample(lambda x, sigma: (s ** 2 * x + sigma ** 2 * m) / (s ** 2 + sigma ** 2),
-                           diffusion.Schedule("cosine", "sample", "trailing"), torch.randn(20000, 1), 100, sampler)
-    assert abs(out.mean() - m) < 0.02 and abs(out.std() - s) < 0.02
-
-
-@pytest.mark.parametrize("steps", [25, 200])
-def test_edm_stays_within_the_noise_the_network_knows(steps):
-    schedule, asked = diffusion.Schedule(), []
-    diffusion.sample(lambda x, sigma: asked.append(sigma) or x / (1 + sigma ** 2), schedule, torch.randn(1, 2), steps, "edm")
-    assert max(asked) <= schedule.sigmas[-1].item() * (1 + 1e-6) and len(asked) == 2 * steps - 1
-
-
-@pytest.mark.parametrize("steps", [10, 25, 50])
-@pytest.mark.parametrize("sampler", ["euler", "ddim", "dpm++"])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
-def test_peer_schedulers_walk_the_same_way(sampler, steps, spacing, tmp_path):
-    """On SDXL's scheduler_config.json and a spacing, with any network: the same steps, inputs and end."""
-    peers = pytest.importorskip("diffusers")
-    config = SDXL_NOISE | dict(timestep_spacing=spacing, clip_sample=False, set_alpha_to_one=False)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    peer = dict(euler=peers.EulerDiscreteScheduler, ddim=peers.DDIMScheduler)
-    peer = peer.get(sampler, peers.DPMSolverMultistepScheduler).from_config(config)
-    peer.set_timesteps(steps)
-    schedule = diffusion.Schedule.from_public(tmp_path / "config.json")
-    torch.manual_seed(0)
-    noise, mix = torch.randn(2, 4, 8, 8), torch.randn(4, 4) / 3
-    seen = []
-
-    def net(x, t):
-        seen.append(x)
-        return torch.einsum("bchw,dc->bdhw", x, mix) * math.cos(float(t) / 300)
-    x = noise * peer.init_noise_sigma
-    for t in peer.timesteps:
-        x = peer.step(net(peer.scale_model_input(x, t), t), t, x).prev_sample
-    ours = diffusion.sample(diffusion.denoiser(lambda x, t: net(x, t[0]), schedule, ()), schedule, noise, steps, sampler)
-    assert schedule.grid(steps, sampler)[1] == [float(t) for t in peer.timesteps]
-    assert (ours - x).abs().max() / x.abs().max() < 1e-5
-    assert len(seen) == 2 * steps
-    assert all(error(a, b) < 1e-5 for a, b in zip(seen[steps:], seen[:steps]))
-
-
-def test_guidance_in_one_batch_equals_two_calls():
-    schedule, net = diffusion.Schedule("cosine", "sample"), diffusion.Points(16)
-    x, arm, null = torch.randn(5, 2), torch.zeros(5, 1, dtype=torch.long), torch.full((5, 1), 2)
-    both = diffusion.denoiser(net, schedule, (arm,), (null,), 3.0)(x, 1.5)
-    yes, no = (diffusion.denoiser(net, schedule, (c,))(x, 1.5) for c in (arm, null))
-    assert torch.allclose(both, no + 3 * (yes - no), atol=1e-5)
-    high = diffusion.denoiser(net, schedule, (arm,), (null,), 3.0, above=1.0)             # unguided from sigma 1 down
-    assert torch.equal(high(x, 1.5), both)
-    assert torch.equal(high(x, 1.0), diffusion.denoiser(net, schedule, (arm,))(x, 1.0))
-
-
-def toy(out, steps, spoil=None, **more):
-    torch.manual_seed(0)
-    model, schedule = diffusion.Points(16), diffusion.Schedule("cosine", "v_prediction")
-    count = [0]
-
-    def loss(net, batch):
-        count[0] += 1
-        if spoil and count[0] == spoil:
-            return diffusion.loss(net, schedule, batch["x"] * float("nan"), batch["arm"])
-        if more.get("stop") == count[0]:
-            raise KeyboardInterrupt
-        error = diffusion.loss(net, schedule, batch["x"], batch["arm"])
-        return error + (net.arm.weight * 0).sqrt().sum() if more.get("bend") == count[0] else error    # 0, gradient NaN
-    return diffusion.fit(model, loss, diffusion.Spiral(), out, steps=steps, batch=8, lr=1e-3, device="cpu", save_every=4,
-                         report_every=2, accumulate=more.get("accumulate", 1), about=more.get("about"))
-
-
-def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
-    toy(tmp_path / "a", 12)
-    with pytest.raises(KeyboardInterrupt):
-        toy(tmp_path / "b", 12, stop=7)
-    toy(tmp_path / "b", 12)
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
-    steps = [[json.loads(line)["step"] for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in "ab"]
-    assert steps[0] == steps[1] == [2, 4, 6, 8, 10, 12]
-
-
-def test_the_average_is_lent_and_given_back():
-    net = diffusion.Points(8)
-    first = [p.detach().clone() for p in net.parameters()]
-    average = diffusion.EMA(net)
-    for p in net.parameters():
-        p.data += 1
-    for _ in range(2):
-        with average.applied():
-            assert all(torch.equal(p, a) for p, a in zip(net.parameters(), first))
-        assert all(torch.equal(p, a + 1) for p, a in zip(net.parameters(), first))
-        assert all(torch.equal(p, a) for p, a in zip(average.shadow.values(), first))
-
-
-def test_nan_loss_stops_and_keeps_the_last_state(tmp_path):
-    with pytest.raises(SystemExit, match="step 7"):
-        toy(tmp_path, 12, spoil=7)
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert state["step"] == 4 and all(p.isfinite().all() for p in state["model"].values())
-
-
-@pytest.mark.parametrize("step, words", [(4, "step 4; nothing was saved yet"), (8, "step 8; the last good state")])
-def test_nan_gradient_of_a_finite_loss_is_never_saved(tmp_path, step, words):
-    with pytest.raises(SystemExit, match=words):
-        toy(tmp_path, 12, bend=step)                                     # on the very step that saves
-    saved = [diffusion.read(tmp_path, "Points")[1]] if step == 8 else []
-    assert all(p.isfinite().all() for state in saved for p in state.values())
-    assert (tmp_path / "state.pt").exists() == (tmp_path / "model.safetensors").exists() == (step == 8)
-
-
-def test_other_settings_do_not_resume(tmp_path):
-    toy(tmp_path, 4)
-    with pytest.raises(SystemExit, match="steps 4 then, 8 now"):
-        toy(tmp_path, 8)
-    toy(tmp_path, 4, about=dict(drop="0.1"))                             # a state that does not say goes on
-    toy(tmp_path / "b", 4, about=dict(drop="0.1"))
-    with pytest.raises(SystemExit, match="drop 0.1 then, 0.2 now"):
-        toy(tmp_path / "b", 4, about=dict(drop="0.2"))
-
-
-def test_a_base_or_data_of_the_same_name_but_changed_does_not_resume(shapes, tmp_path, monkeypatch):
-    import mask2img
-    data = shutil.copytree(shapes, tmp_path / "data")
-    flags = ("--data", data, "--size", 32, "--steps", 1, "--batch", 2, "--device", "cpu")
-    run(monkeypatch, mask2img, "base", "--split", "train", "--out", tmp_path / "base", *flags)
-    train = ("train", "--init", tmp_path / "base", "--out", tmp_path / "m", *flags)
-    run(monkeypatch, mask2img, *train)
-    run(monkeypatch, mask2img, *train)                                   # done: nothing to do, nothing to refuse
-    diffusion.halve(tmp_path / "base", tmp_path / "base")
-    with pytest.raises(SystemExit, match="a run with other settings is there .init .*base .{12} then, .*base .{12} now"):
-        run(monkeypatch, mask2img, *train)
-    name = text2mask.names_of(data / "train")[-1][1]
-    for part in ("images", "masks"):
-        (data / "train" / part / f"{name}.png").unlink()
-    with pytest.raises(SystemExit, match="pairs 12 pairs .{12} then, 11 pairs .{12} now"):
-        run(monkeypatch, mask2img, *train)
-
-
-def test_weights_are_readable_as_other_files_are(tmp_path):
-    diffusion.save(diffusion.Points(16), tmp_path)
-    m2f.save(m2f.Mask2Former(3, **TOY), tmp_path / "segmenter.safetensors")
-    (tmp_path / "file").touch()
-    modes = {(tmp_path / name).stat().st_mode for name in ("model.safetensors", "segmenter.safetensors", "file")}
-    assert len(modes) == 1
-
-
-@pytest.mark.parametrize("spoil", [lambda state: state["model"].popitem(), lambda state: state.pop("step"),
-                                   lambda state: state["optimiser"].pop("param_groups")])
-def test_a_state_of_another_layout_is_told_in_one_line(tmp_path, spoil):
-    toy(tmp_path, 4)
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    spoil(state)
-    torch.save(state, tmp_path / "state.pt")
-    with pytest.raises(SystemExit, match="state of this version and its log, found KeyError"):
-        toy(tmp_path, 4)
-
-
-@pytest.mark.parametrize("about, words", [
-    ("{", "JSONDecodeError"), ("[1]", "AttributeError"), ('{"format": "seggen-1", "class": "Points", "config": {"width": "x"}}',
-                                                       "constructor arguments")])
-def test_garbled_metadata_is_told_in_one_line(tmp_path, about, words):
-    diffusion.write_tensors({"a": torch.zeros(1)}, dict(seggen=about), tmp_path)
-    with pytest.raises(SystemExit, match=words):
-        diffusion.load(diffusion.Points, tmp_path)
-
-
-def test_weights_that_are_not_finite_are_told_in_one_line(tmp_path):
-    model = diffusion.Points(16)
-    next(model.parameters()).data.fill_(math.nan)
-    diffusion.save(model, tmp_path)
-    with pytest.raises(SystemExit, match="not finite"):
-        diffusion.load(diffusion.Points, tmp_path)
-
-
-def test_a_full_disk_is_told_in_one_line(tmp_path):
-    """RLIMIT_FSIZE stands in for it (Python ignores SIGXFSZ): no file may grow over so many bytes."""
-    (tmp_path / "fill.py").write_text(
-        "import resource, test_all\n"
-        "for room in (0, 4000, 12000):\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))\n"
-        "    try:\n"
-        "        test_all.toy(f'room{room}', 4)\n"
-        "    except SystemExit as told:\n"
-        "        print(told)\n")
-    told = script(tmp_path / "fill.py", cwd=tmp_path).stdout.splitlines()
-    told = [line for line in told if "loss" not in line]                 # what was reported before it was full
-    assert [line.split(": cannot write here")[0] for line in told] == [
-        "room0/log.jsonl", "room4000/model.safetensors", "room12000/state.pt"], told
-    assert not list(tmp_path.glob("*/.*.tmp*")) and not list(tmp_path.glob("*/state.pt"))
-
-
-def test_devices_numbers_and_steps_that_are_none_are_told_in_one_line(monkeypatch, capsys):
-    import mask2img
-    import masksyn
-    for device in ("foo", "cuda:", "cpu:1"):
-        with pytest.raises(SystemExit, match=f"--device {device}: looked for cpu, cuda or cuda:N"):
-            diffusion.start(device)
-    for module, flags in ((text2mask, "sample --prompt x --guidance nan"), (text2mask, "train --drop 2"),
-                          (text2mask, "train --drop nan"), (text2mask, "train --noise-offset inf"),
-                          (mask2img, "train --workers -1"), (mask2img, "sample --mask x --guidance -1"),
-                          (masksyn, "--guidance inf"), (masksyn, "--mask-guidance -1")):
-        with pytest.raises(SystemExit):
-            run(monkeypatch, module, *flags.split())
-        assert "is needed" in capsys.readouterr().err, flags
-    for spacing, sampler, steps in (("trailing", "dpm++", 1001), ("leading", "dpm++", 1000), ("linspace", "euler", 1200)):
-        with pytest.raises(SystemExit, match=f"--steps {steps}: .* take fewer"):
-            diffusion.Schedule(spacing=spacing).grid(steps, sampler)
-    assert len(diffusion.Schedule(spacing="trailing").grid(1000, "dpm++")[1]) == 1000
-
-
-class Boom:
-    def __reduce__(self):
-        return os.system, ("touch exploded",)
-
-
-def test_checkpoints_that_are_none_are_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    model = diffusion.Points(8)
-    diffusion.save(model, tmp_path / "good")
-    again = diffusion.load(diffusion.Points, tmp_path / "good")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
-    whole = (tmp_path / "good" / "model.safetensors").read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(whole[:-20])
-    (tmp_path / "pickle.safetensors").write_bytes(pickle.dumps(Boom()))
-    (tmp_path / "newer.safetensors").write_bytes(whole.replace(b"seggen-1", b"seggen-9"))
-    for name, words in (("cut.safetensors", "truncated"), ("pickle.safetensors", "never a pickle"),
-                        ("newer.safetensors", "seggen-9"), ("missing", "no such file")):
-        with pytest.raises(SystemExit, match=words):
-            diffusion.read(tmp_path / name, "Points")
-    with pytest.raises(SystemExit, match="Text2Mask"):
-        diffusion.read(tmp_path / "good", "Text2Mask")
-    assert not (tmp_path / "exploded").exists()
-    model.config["depth"] = 2
-    diffusion.save(model, tmp_path / "other")
-    with pytest.raises(SystemExit, match="constructor arguments, found others .*depth"):
-        diffusion.load(diffusion.Points, tmp_path / "other")
-    with pytest.raises(SystemExit, match="typo.*looked for a checkpoint to halve"):
-        diffusion.halve("typo", tmp_path / "half")
-
-
-# ---- the chain --------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    """A small drawn world: 12 training pairs."""
-    out = tmp_path_factory.mktemp("world")
-    full = text2mask.dataset_folder("shapes", "train")
-    for split in ("train", "val"):
-        for path, name in text2mask.names_of(full.parent / split)[:12]:
-            for part, end in (("images", path.suffix), ("masks", ".png"), ("instances", ".png"), ("captions", ".txt")):
-                (out / split / part).mkdir(parents=True, exist_ok=True)
-                shutil.copy(full.parent / split / part / f"{name}{end}", out / split / part)
-        shutil.copy(full / "classes.json", out / split)
-    return out
-
-
-def test_generators_train_and_feed_masksyn(shapes, tmp_path):
-    """base -> text2mask -> mask2img -> masksyn, two steps each, at another size."""
-    flags = ("--data", shapes, "--size", "48x32", "--steps", 2, "--batch", 2, "--device", "cpu")
-    script("mask2img.py", "base", "--split", "train", "--out", tmp_path / "base", *flags)
-    script("text2mask.py", "train", "--init", tmp_path / "base", "--out", tmp_path / "t", *flags)
-    script("mask2img.py", "train", "--init", tmp_path / "base", "--out", tmp_path / "m", *flags)
-    base, ours = (diffusion.read(tmp_path / d, k)[1] for d, k in (("base", "TextToImage"), ("m", "Mask2Img")))
-    assert all(torch.equal(base[name], ours[name]) for name in base)                     # the base stayed frozen
-    assert "condition_gap" in (tmp_path / "m" / "log.jsonl").read_text()
-    script("masksyn.py", "--data", shapes, "--text2mask", tmp_path / "t", "--mask2img", tmp_path / "m", "--limit", 3,
-           "--steps", 2, "--mask-steps", 2, "--out", tmp_path / "pairs")
-    assert len(list((tmp_path / "pairs" / "images").glob("*.png"))) == 3
-    assert Image.open(next((tmp_path / "pairs" / "images").glob("*.png"))).size == (48, 32)
-    wrong = script("masksyn.py", "--data", shapes, "--text2mask", tmp_path / "m", "--limit", 1, ok=False)
-    assert "Text2Mask" in wrong.stderr
-
-
-def untrained(world, out, size=(16, 16), **more):
-    """Both generators with random weights for the classes of a world -> masksyn's flags for them."""
-    import mask2img
-    tiny, classes = nets.PRESETS["tiny"], text2mask.read_classes(world / "train")
-    torch.manual_seed(0)
-    shared = dict(text=tiny["text"], schedule=mask2img.SCHEDULE, size=size, classes=classes)
-    painter = text2mask.Text2Mask(dict(tiny["unet"], out_channels=len(classes) + 2), **shared)
-    control = dict(tiny["controlnet"], conditioning_channels=len(classes) + 2)
-    printer = mask2img.Mask2Img(tiny["unet"], controlnet=control, **shared | more)
-    diffusion.save(painter, out / "t")
-    diffusion.save(printer, out / "m")
-    return ["--text2mask", out / "t", "--mask2img", out / "m", "--limit", 2, "--steps", 2, "--mask-steps", 2,
-            "--device", "cpu"]
-
-
-def test_the_weighted_loss_is_least_at_the_true_shares():
-    """Rare codes weigh more while learning, and yet the logits that a network ends with are the log of the shares."""
-    counts, K = torch.tensor([0, 200, 40, 16, 0]), 3
-    codes = torch.repeat_interleave(torch.arange(K + 2), counts).view(1, 16, 16)
-    weights = text2mask.rarities({(0, 0): dict(codes=codes)}, K + 2)
-    assert torch.allclose((weights * counts).sum(), torch.tensor(256.0)) and weights[0] == weights[4] == 1
-    assert weights[3] / weights[1] == pytest.approx(200 / 16)
-    tiny, classes = nets.PRESETS["tiny"], [dict(name=n, isthing=False) for n in "abc"]
-    model = text2mask.Text2Mask(dict(tiny["unet"], out_channels=K + 2), tiny["text"],
-                                dict(kind="cosine", prediction="sample"), (16, 16), classes)
-    batch = dict(codes=codes, tokens=torch.zeros(1, 4, dtype=torch.long), time_ids=torch.zeros(1, 6))
-    for rarity in (weights, torch.ones(K + 2)):
-        model.rarity = rarity
-        for share, least in ((counts / 256, True), (torch.tensor([0, 0.5, 0.3, 0.2, 0]), False)):
-            z = (share + 1e-9).log().requires_grad_()
-            loss = model.loss(lambda x, *_: z.view(1, -1, 1, 1).expand(1, -1, *x.shape[2:]), batch, 0.0)
-            gradient, = torch.autograd.grad(loss, z)
-            assert (gradient.abs().max() < 1e-6) == least
-
-
-def test_synthetic_folders_are_pair_folders_of_their_own(shapes, tmp_path, monkeypatch):
-    """A world without things gives no instances/, classes.json is the source's, captions are composed where there are
-    none; a folder of real data, or of pairs by other weights, is left alone."""
-    import imgsyn
-    import masksyn
-    world = tmp_path / "world"
-    shutil.copytree(shapes, world)
-    for split in ("train", "val"):
-        listing = [c | {"isthing": False} for c in json.loads((world / split / "classes.json").read_text())]
-        (world / split / "classes.json").write_text(json.dumps(listing))
-        shutil.rmtree(world / split / "instances")
-        shutil.rmtree(world / split / "captions")
-    flags = untrained(world, tmp_path)
-    for module, more in ((masksyn, flags), (imgsyn, flags[2:6] + flags[6:8] + flags[10:])):
-        out = tmp_path / module.__name__
-        (out / "mine").mkdir(parents=True)
-        (out / "mine" / ".notes.tmp").mkdir()
-        (out / "mine" / ".notes.tmp" / ".x.tmp").write_text("kept")
-        (out / ".meta.tmp7.json").write_text("of a killed run")
-        run(monkeypatch, module, "--data", world, *more, "--out", out)
-        assert not (out / "instances").exists() and not list(out.glob(".*.tmp*"))
-        assert (out / "mine" / ".notes.tmp" / ".x.tmp").exists()
-        assert (out / "classes.json").read_bytes() == (world / "train" / "classes.json").read_bytes()
-        assert len(T.Pairs(out)) == 2
-        assert all(p.read_text().startswith("a picture of ") for p in (out / "captions").iterdir())
-    (world / "train/captions").mkdir()
-    (world / "train/captions/00000.txt").write_text("a line that was not there\n")
-    with pytest.raises(SystemExit, match="other settings"):                          # the data changed
-        run(monkeypatch, masksyn, "--data", world, *flags, "--out", tmp_path / "masksyn")
-    shutil.rmtree(world / "train/captions")
-    run(monkeypatch, masksyn, "--data", world, *flags, "--out", tmp_path / "masksyn")
-    (world / ".train.unfinished").write_text("")
-    with pytest.raises(SystemExit, match="found a half-made one"):
-        run(monkeypatch, masksyn, "--data", world, *flags, "--out", tmp_path / "half")
-    with pytest.raises(T.BadInput, match="found a half-made one"):
-        T.Pairs(world / "train")
-    (world / ".train.unfinished").unlink()
-    before = bytes_of(world)
-    with pytest.raises(SystemExit, match="without a meta.json"):
-        run(monkeypatch, masksyn, "--data", world, *flags, "--out", world / "train")
-    assert bytes_of(world) == before
-    run(monkeypatch, masksyn, "--data", world, *flags, "--out", tmp_path / "masksyn")    # the same again: nothing to do
-    model = diffusion.load(text2mask.Text2Mask, tmp_path / "t")
-    model.unet.conv_out.bias.data += 1
-    diffusion.save(model, tmp_path / "t")                                # trained on: another Text2Mask
-    with pytest.raises(SystemExit, match="other settings"):
-        run(monkeypatch, masksyn, "--data", world, *flags, "--out", tmp_path / "masksyn")
-
-
-def test_generators_that_do_not_fit_are_told_in_one_line(shapes, tmp_path, monkeypatch):
-    import mask2img
-    import masksyn
-    flags = untrained(shapes, tmp_path / "a") and untrained(shapes, tmp_path / "b", (16, 32))
-    flags[1] = tmp_path / "a" / "t"
-    with pytest.raises(SystemExit, match=r"looked for the \(H, W\) \[16, 16\]"):
-        run(monkeypatch, masksyn, "--data", shapes, *flags, "--out", tmp_path / "out")
-    world = tmp_path / "world"
-    shutil.copytree(shapes, world)
-    listing = json.loads((world / "val" / "classes.json").read_text())
-    (world / "val" / "classes.json").write_text(json.dumps(listing[::-1]))
-    with pytest.raises(SystemExit, match="val/classes.json: its 13 classes are not the 13 expected"):
-        run(monkeypatch, text2mask, "measure", "--data", world, "--init", tmp_path / "a" / "t")
-    with pytest.raises(SystemExit, match="val/classes.json: its 13 classes are not the 13 expected"):
-        run(monkeypatch, mask2img, "train", "--data", world, "--size", 16, "--out", tmp_path / "out", "--device", "cpu")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("how, words", [("extra", "unet.more is in one only"), ("missing", "unet.conv_in.bias is in one"),
-                                        ("shape", "unet.conv_in.bias has another"), ("argument", "constructor arguments")])
-def test_a_base_of_another_layout_is_told_in_one_line(tmp_path, how, words):
-    import mask2img
-    tiny, classes = nets.PRESETS["tiny"], [dict(name="a", isthing=False)] * 4
-    base = text2mask.TextToImage(tiny["unet"], tiny["text"], mask2img.SCHEDULE, (16, 16))
-    state = base.state_dict()
-    if how == "extra":
-        state["unet.more"] = torch.zeros(1)
-    elif how == "argument":
-        base.config["unet"] = dict(base.config["unet"], colour="red")
-    elif how == "missing":
-        del state["unet.conv_in.bias"]
+def spoil(path, content):
+    """Remove (None), cut, change (old, new) or overwrite a file."""
+    if content is None:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif isinstance(content, Image.Image):
+        content.save(path)
+    elif isinstance(content, tuple):
+        path.write_text(path.read_text().replace(*content))
     else:
-        state["unet.conv_in.bias"] = state["unet.conv_in.bias"][1:].clone()
-    about = dict(format=diffusion.FORMAT, config=base.config) | {"class": "TextToImage"}
-    diffusion.write_tensors(state, dict(seggen=json.dumps(about)), tmp_path)
-    for module in (text2mask, mask2img):
-        args = SimpleNamespace(public=False, init=tmp_path, size=(16, 16), edges=False, unfreeze=False)
-        with pytest.raises(SystemExit, match=words):
-            module.assembled(args, classes)
+        path.write_bytes(path.read_bytes()[:-60] if content == "cut" else content.encode())
 
 
-def test_missing_shapes_are_drawn_and_half_drawn_ones_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(text2mask, "ROOT", tmp_path)
-    shapes, other = tmp_path / "data/shapes", tmp_path / "data/other"
-    (other / "train/images").mkdir(parents=True)
-    shapes.mkdir()
-    (shapes / "prepare.py").write_text(
-        "import pathlib, sys\n"
-        "here = pathlib.Path(__file__).parent\n"
-        "with open(here / 'log', 'a') as log: log.write(' '.join(sys.argv[1:]) + ';')\n"
-        "if (here / 'broken').exists(): sys.exit('no room')\n"
-        "for split in ('train', 'val', 'unlabelled'):\n"
-        "    (here / split).mkdir(exist_ok=True)\n"
-        "    (here / f'.{split}.unfinished').unlink(missing_ok=True)\n")
-    for split, mark, drawn in (("train", None, ";"), ("train", None, ";"), ("val", None, ";"), ("val", "val", ";;"),
-                               ("val", "train", ";;"), ("train", None, ";;;"), ("unlabelled", "unlabelled",
-                                                                              ";;;--unlabelled 8000;")):
-        if mark:
-            (shapes / f".{mark}.unfinished").touch()
-        assert text2mask.dataset_folder("shapes", split) == shapes / split
-        assert (shapes / "log").read_text() == drawn
-    (shapes / ".train.unfinished").touch()
-    with monkeypatch.context() as patch:
-        patch.setenv("RANK", "1")                                        # another rank draws
-        text2mask.dataset_folder("shapes", "train")
-    (shapes / "broken").touch()
-    with pytest.raises(SystemExit, match="prepare.py failed"):
-        text2mask.dataset_folder("shapes", "train")
-    assert (shapes / "log").read_text() == ";;;--unlabelled 8000;;"
-    with pytest.raises(SystemExit, match="other/test: looked for a pair folder, found none; there are train$"):
-        text2mask.dataset_folder("other", "test")
+def call(module, *args):
+    module.main([str(arg) for arg in args])
 
 
-def test_default_weights_are_the_given_the_shipped_then_the_trained(tmp_path, monkeypatch):
-    import masksyn
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(masksyn, "ROOT", tmp_path / "repository")
-    demo, choose = tmp_path / "repository/weights/shapes/text2mask", masksyn.demo_or_trained
-    assert choose("shapes", "text2mask", None) == Path("out/shapes/text2mask")
-    demo.mkdir(parents=True)
-    (demo / "model.safetensors").touch()
-    assert choose("shapes", "text2mask", None) == demo and choose("shapes", "text2mask", Path("x")) == Path("x")
-    assert choose("data/mine/", "text2mask", None) == Path("out/mine/text2mask")
-    (tmp_path / "mine").mkdir()
-    monkeypatch.chdir(tmp_path / "mine")
-    assert text2mask.name_of(".") == "mine" and text2mask.name_of("..") == tmp_path.name
-
-
-FAST = ("--device", "cpu", "--limit", "6", "--batch", "2", "--steps", "3", "--mask-steps", "3")
-
-
-def test_masksyn_survives_sigkill_and_ends_with_the_same_bytes(shapes, tmp_path):
-    script("masksyn.py", "--data", shapes, *demo(), *FAST, "--out", tmp_path / "whole")
-    run = subprocess.Popen([sys.executable, "masksyn.py", "--data", str(shapes), *map(str, demo()), *FAST, "--out",
-                            str(tmp_path / "killed")], cwd=REPO, stderr=subprocess.DEVNULL)
-    limit = time.time() + 60
-    while time.time() < limit and len(list((tmp_path / "killed").glob("images/[!.]*.png"))) < 3:
-        time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    assert 3 <= len(list((tmp_path / "killed").glob("images/[!.]*.png"))) < 6            # it was caught in the middle
-    script("masksyn.py", "--data", shapes, *demo(), *FAST, "--out", tmp_path / "killed")
-    whole, killed = bytes_of(tmp_path / "whole"), bytes_of(tmp_path / "killed")
-    killed = {name: data for name, data in killed.items() if not name.name.startswith(".")}
-    assert whole == killed
-    names = {p.stem for p in (tmp_path / "whole" / "images").iterdir()}
-    assert names == {p.stem for p in (tmp_path / "whole" / "masks").iterdir()} and len(names) == 6
-    other = script("masksyn.py", "--data", shapes, *demo(), *FAST, "--seed", 1, "--out", tmp_path / "whole", ok=False)
-    assert "other settings" in other.stderr
-
-
-def test_generator_training_survives_sigkill_and_ends_with_the_same_bytes(shapes, tmp_path):
-    flags = ["text2mask.py", "train", "--data", shapes, "--size", "16", "--steps", "24", "--save-every", "8", "--batch", "2",
-             "--device", "cpu"]
-    script(*flags, "--out", tmp_path / "whole", OMP_NUM_THREADS="1")
-    run = subprocess.Popen([sys.executable, *map(str, flags), "--out", str(tmp_path / "killed")], cwd=REPO,
-                           env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    limit = time.time() + 60
-    while time.time() < limit and not (tmp_path / "killed/state.pt").exists():
-        time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    state = torch.load(tmp_path / "killed/state.pt", weights_only=True)
-    assert 8 <= state["step"] < 24                                       # it was caught in the middle
-    script(*flags, "--out", tmp_path / "killed", OMP_NUM_THREADS="1")
-    for name in ("model.safetensors", "samples.png"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
-    steps = [[json.loads(line)["step"] for line in open(tmp_path / run / "log.jsonl")] for run in ("whole", "killed")]
-    assert steps[0] == steps[1]
-
-
-def demo():
-    return "--text2mask", REPO / "weights/shapes/text2mask", "--mask2img", REPO / "weights/shapes/mask2img"
-
-
-@pytest.mark.parametrize("mode, skip, port", [("masksyn.py", 0, 29516), ("imgsyn.py", 2, 29517)])
-def test_two_ranks_write_what_one_writes(shapes, tmp_path, mode, skip, port):
-    """With one thread on either side: how sums are split over threads changes their last bits."""
-    flags = [mode, "--data", shapes, *demo()[skip:], *FAST[:len(FAST) - skip]]
-    script(*flags, "--out", tmp_path / "one", OMP_NUM_THREADS="1")
-    script("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, *flags, "--out", tmp_path / "two",
-           OMP_NUM_THREADS="1")
-    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
-
-
-def test_prompt_and_mask_commands(tmp_path):
-    script("text2mask.py", "sample", "--prompt", "a red house by the water — naïve café 日本 " * 9, "--steps", 3, "--out", tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"mask.png", "colours.png", "legend.png"}
-    script("mask2img.py", "sample", "--mask", tmp_path / "mask.png", "--prompt", "a house", "--steps", 2, "--count", 2,
-           "--out", tmp_path / "deep" / "er")
-    assert Image.open(tmp_path / "deep" / "er" / "images.png").width == 3 * 256
-
-
-def spoiled(world, out, how):
-    shutil.copytree(world, out)
-    train = out / "train"
-    image, mask = (sorted((train / part).iterdir())[0] for part in ("images", "masks"))
-    if how == "mask gone":
-        mask.unlink()
-    elif how == "image gone":
-        image.unlink()
-    elif how == "cut":
-        image.write_bytes(image.read_bytes()[:200])
-    elif how == "rgb mask":
-        Image.open(mask).convert("RGB").save(mask)
-    elif how == "other size":
-        Image.open(mask).resize((32, 32), 0).save(mask)
-    elif how == "id 99":
-        Image.fromarray(np.full((64, 64), 99, np.uint8)).save(mask)
-    elif how == "215 classes":
-        (train / "classes.json").write_text(json.dumps([dict(name=str(i), isthing=False) for i in range(215)]))
-    elif how == "empty":
-        shutil.rmtree(train / "images")
-    return out
-
-
-@pytest.mark.parametrize("how, words", [("mask gone", "without a mask"), ("image gone", "without an image"), ("cut", "readable"),
-                                        ("rgb mask", "mode RGB"), ("other size", "must agree"), ("id 99", "class id 99"),
-                                        ("215 classes", "215 classes"), ("empty", "found none")])
-def test_bad_pairs_are_told_in_one_line(shapes, tmp_path, how, words):
-    folder = spoiled(shapes, tmp_path / "world", how) / "train"
-    with pytest.raises(SystemExit, match=words) as error:
-        data = text2mask.Pairs(folder, (64, 64), lambda captions: torch.zeros(len(captions), 8, dtype=torch.long))
-        [data[i, 0] for i in range(len(data))]
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("how, words", [("size", "must agree"), ("RGB", "instance ids"), ("id 256", "instance id 256")])
-def test_bad_instance_maps_are_told_in_one_line(shapes, tmp_path, how, words):
-    import imgsyn
-    folder = shutil.copytree(shapes / "train", tmp_path / "train")
-    path = sorted((folder / "instances").iterdir())[0]
-    image = {"size": Image.new("L", (64, 60)), "RGB": Image.new("RGB", (64, 64)), "id 256": Image.new("I;16", (64, 64), 256)}
-    image[how].save(path)
-    data = text2mask.Pairs(folder, (64, 64), lambda c: torch.zeros(len(c), 8, dtype=torch.long), edges=True)
-    for read in (lambda: data[0, 0], lambda: imgsyn.read_mask(folder, path.stem, 13, (64, 64))):
-        with pytest.raises(SystemExit, match=words):
-            read()
-
-
-def test_a_picture_that_would_fill_the_memory_is_told_in_one_line(shapes, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(SystemExit, match="DecompressionBombError"):
-        text2mask.open_image(next((shapes / "train/images").iterdir()))
-
-
-def test_a_loading_process_ends_in_its_own_line(shapes, tmp_path):
-    world = spoiled(shapes, tmp_path / "world", "cut")
-    told = script("mask2img.py", "train", "--data", world, "--size", 16, "--steps", 40, "--batch", 8, "--workers", 1,
-                  "--device", "cpu", "--out", tmp_path / "out", ok=False).stderr
-    assert "looked for a readable image" in told and "see the line above" in told
-
-
-def test_captions_with_sides_are_never_mirrored(shapes, tmp_path):
-    folder = shutil.copytree(shapes / "train", tmp_path / "train")
-    name, tokens = text2mask.names_of(folder)[0][1], lambda c: torch.zeros(len(c), 8, dtype=torch.long)
-    for caption, views in (("a house on the left.", 1), ("Right: a tree", 1), ("a bright house", 2)):
-        (folder / "captions" / f"{name}.txt").write_text(caption)
-        data = text2mask.Pairs(folder, (64, 64), tokens, images=False)
-        assert len({data[0, seed]["codes"].numpy().tobytes() for seed in range(12)}) == views, caption
-
-
-def test_odd_pairs_are_accepted(shapes, tmp_path):
-    """Grey, RGBA and palette images, an all-void mask, an empty caption file, no caption file."""
-    shutil.copytree(shapes / "train", tmp_path / "train")
-    images, masks, captions = (sorted((tmp_path / "train" / part).iterdir()) for part in ("images", "masks", "captions"))
-    for path, mode in zip(images, ("L", "RGBA", "P")):
-        Image.open(path).convert(mode).save(path)
-    Image.fromarray(np.zeros((64, 64), np.uint8)).save(masks[0])
-    captions[1].write_text("")
-    captions[2].unlink()
-    data = text2mask.Pairs(tmp_path / "train", (64, 64), lambda c: torch.zeros(len(c), 8, dtype=torch.long))
-    assert all(data[i, 0]["image"].shape == (3, 64, 64) for i in range(len(data)))
-
-
-@pytest.mark.parametrize("command, words", [
-    (("masksyn.py", "--data", "nowhere"), "found none"), (("masksyn.py", "--limit", "0"), "over zero"),
-    (("masksyn.py", "--limit", "-3"), "over zero"), (("imgsyn.py", "--out", "/proc/pairs"), "cannot write"),
-    (("text2mask.py", "train", "--lr", "nan"), "over zero"), (("text2mask.py", "train", "--size", "65"), "multiples of 8"),
-    (("mask2img.py", "sample", "--mask", "nothing.png"), "nothing.png")])
-def test_bad_commands_are_told_in_one_line(command, words):
-    assert words in script(*command, ok=False).stderr
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_without_cuda():
-    assert "found none" in script("masksyn.py", "--device", "cuda", ok=False).stderr
-
-
-def test_the_crop_of_a_mirror_image_is_counted_in_it(tmp_path):
-    """Column x of a picture 64 wide has the value x: what is seen says where it was cut."""
-    folder(tmp_path, n=1)
-    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (32, 64, 3))
-    Image.fromarray(ramp.copy()).save(tmp_path / "images/000.png")
-    Image.fromarray(ramp[:, :, 0] % 4).save(tmp_path / "masks/000.png")
-    tokenize = nets.TextEncoder().tokenize
-    data, mirrored = text2mask.Pairs(tmp_path, (32, 32), tokenize), set()
-    for seed in range(40):
-        item = data[0, seed]
-        seen = ((item["image"][0, 0] + 1) * 127.5).round().int()         # (32,)
-        mirrored.add(mirror := bool(seen[0] > seen[-1]))
-        assert seen[0] == (63 - item["time_ids"][3] if mirror else item["time_ids"][3])
-        assert torch.equal(item["codes"][0], seen.long() % 4)
-    assert mirrored == {True, False}
-
-
-@pytest.mark.parametrize("size, scale", [(32, 2), (264, 1)])
-def test_a_contact_sheet_of_large_pictures_is_not_enlarged(tmp_path, size, scale):
-    import masksyn
-    folder(tmp_path, n=1, size=size)
-    masksyn.contact_sheet(tmp_path, text2mask.read_classes(tmp_path))
-    assert Image.open(tmp_path / "samples.png").width == 8 * size * scale
-
-
-# ---- what the files promise -------------------------------------------------------------------------------------
-
-def siblings(name):
-    tree = ast.parse((REPO / f"{name}.py").read_text())
-    found = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    found |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    return found & set(FILES)
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_needs_line_is_true_and_the_file_copies_alone(name, tmp_path):
-    needs, todo = set(), [name]
-    while todo:
-        needs |= (new := siblings(todo.pop()) - needs)
-        todo += new
-    line = re.search(r"^Needs:(.*)$", ast.get_docstring(ast.parse((REPO / f"{name}.py").read_text())), re.M).group(1)
-    assert set(re.findall(r"(\w+)\.py", line)) == needs
-    for each in {name} | needs:
-        shutil.copy(REPO / f"{each}.py", tmp_path)
-    script("-c", f"import {name}", cwd=tmp_path, PYTHONPATH=str(tmp_path))
-
-
-# ======================================== data/shapes
-
-SHAPES = os.path.join(REPO, "data", "shapes", "prepare.py")
-
-
-def shapes_shapes():
-    spec = importlib.util.spec_from_file_location("shapes_prepare", SHAPES)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["shapes_prepare"] = module                          # so that worker processes find it
-    spec.loader.exec_module(module)
-    return module
-
-
-def files(folder):
-    """{relative path: bytes} of everything below a folder."""
-    found = (os.path.join(d, f) for d, _, names in os.walk(folder) for f in names)
-    return {os.path.relpath(p, folder): open(p, "rb").read() for p in found}
-
-
-def small(monkeypatch):
-    module = shapes_shapes()
-    monkeypatch.setattr(module, "SPLITS", {"train": 10, "val": 4, "unseen": 6})
-    return module
-
-
-def test_shapes_same_bytes_for_any_number_of_processes_and_after_an_interruption(tmp_path, monkeypatch):
-    module = small(monkeypatch)
-    a, b = tmp_path / "a", tmp_path / "b"
-    assert module.prepare(str(a), 32, processes=1, unlabelled=3) == 23
-    module.prepare(str(b), 32, processes=2, unlabelled=3)
-    assert files(a) == files(b) and len(files(a)) == 4 * 20 + 2 * 3 + 2 * 3
-    for name in ("train/images/00003.png", "val/images/00001.png", "val/masks/00001.png"):
-        os.remove(b / name)
-    (b / "train/images/00003.png.77.part").write_bytes(b"half")
-    (b / ".unseen.unfinished").touch()                              # killed between its last scene and the end
-    assert module.prepare(str(b), 32, unlabelled=3) == 2 and files(a) == files(b)
-    assert module.prepare(str(b), 32, unlabelled=3) == 0
-
-
-def test_shapes_pair_folder(tmp_path, monkeypatch):
-    module = small(monkeypatch)
-    module.prepare(str(tmp_path), 48, limit_train=5)
-    for split, count in (("train", 5), ("val", 4), ("unseen", 6)):
-        classes = json.load(open(tmp_path / split / "classes.json"))
-        assert [c["name"] for c in classes] == module.CLASSES and len(classes) >= 10
-        assert set(json.load(open(tmp_path / split / "words.json"))) == set(module.CLASSES)
-        for kind in ("images", "masks", "instances", "captions"):
-            assert len(os.listdir(tmp_path / split / kind)) == count
-        for name in os.listdir(tmp_path / split / "masks"):
-            mask = Image.open(tmp_path / split / "masks" / name)
-            assert mask.mode == "P" and mask.size == (48, 48)
-            assert Image.open(tmp_path / split / "images" / name).mode == "RGB"
-            assert Image.open(tmp_path / split / "instances" / name).mode == "L"
-    colours = module.palette(13).tolist()                           # 15 codes, 3 levels a channel
-    assert len({tuple(c) for c in colours}) == 15 and colours[2] == [0, 0, 255] and colours[9] == [0, 128, 0]
-    assert module.palette(150)[[1, 2, 6]].tolist() == [[0, 0, 51], [0, 0, 102], [51, 0, 0]]
-
-
-@pytest.mark.parametrize("style", ["day", "night", "fog", "ink"])
-def test_shapes_captions_masks_and_instances_agree(style):
-    module = shapes_shapes()
-    for i in range(60):
-        s = module.scene(np.random.default_rng((7, i)), 64, style)
-        mask, instances = s["mask"], s["instances"]
-        assert mask.max() <= len(module.CLASSES) and mask.min() >= 1 and s["image"].shape == (64, 64, 3)
-        area = dict(zip(module.CLASSES, np.bincount(mask.ravel(), minlength=len(module.CLASSES) + 1)[1:]))
-        things = np.isin(mask, [module.CLASSES.index(n) + 1 for n in module.THINGS])
-        assert ((instances > 0) == things).all() and area["sky"] > 0
-        for k in range(1, instances.max() + 1):
-            assert len(np.unique(mask[instances == k])) == 1        # numbered without gaps, one class each
-        for k, caption in enumerate(s["captions"]):
-            words = set(re.findall("[a-z]+", caption))
-            named = {n for n in module.CLASSES if words & set(module.WORDS[n])}
-            assert all(area[n] >= 12 for n in named), caption
-            assert len(caption.encode()) <= 110 and caption.strip() == caption and named
-            if k == 0:                                              # a thing of four specks may go unnamed
-                assert all(n in named for n in module.THINGS if area[n] >= 48), caption
-
-
-def test_shapes_counts_in_captions_are_true():
-    module, told = shapes_shapes(), 0
-    for i in range(60):
-        s = module.scene(np.random.default_rng((8, i)))
-        pairs = np.unique(np.stack([s["mask"].ravel(), s["instances"].ravel()]), axis=1).T
-        for noun in ("house", "tree", "boat"):
-            k = module.CLASSES.index(noun) + 1
-            large = [p for p in pairs if p[0] == k and (s["instances"] == p[1]).sum() >= 12]
-            for number, word in ((2, "two"), (3, "three")):
-                if re.search(rf"\b{word}( \w+)? {noun}s\b", s["captions"][0]):
-                    assert len(large) == number, s["captions"][0]
-                    told += 1
-    assert told > 10
-
-
-def test_shapes_scale_with_size_and_differ_with_seed():
-    module = shapes_shapes()
-    for i in range(10):
-        a, b, c = (module.scene(np.random.default_rng((s, i)), n) for s, n in ((1, 32), (1, 96), (2, 32)))
-        assert (a["mask"] == b["mask"][1::3, 1::3]).mean() > .95    # one geometry, two resolutions
-        assert (a["image"] != c["image"]).any()
-
-
-def test_shapes_bad_input(tmp_path):
-    (tmp_path / "file").write_text("")
-    run = lambda *flags: subprocess.run([sys.executable, SHAPES, *map(str, flags)], capture_output=True, text=True)
-    for flags in (("--size", 8), ("--limit-train", -1), ("--limit-train", 0), ("--unlabelled", -5), ("--seed", -1),
-                  ("--out", tmp_path / "file"), ("--processes", 0)):
-        r = run("--out", tmp_path / "never", *flags)
-        assert r.returncode != 0 and len(r.stderr.strip().splitlines()) == 1, (flags, r.stderr)
-        assert "Traceback" not in r.stderr and not (tmp_path / "never").exists()
-
-
-def test_shapes_refuses_to_mix_worlds(tmp_path, monkeypatch):
-    module = small(monkeypatch)
-    module.prepare(str(tmp_path), 32)
-    for options in (dict(size=48), dict(size=32, seed=1), dict(size=32, limit_train=3)):
-        before = files(tmp_path)
-        with pytest.raises(SystemExit, match="--out"):
-            module.prepare(str(tmp_path), **options)
-        assert files(tmp_path) == before
-
-
-def test_shapes_survives_sigkill(tmp_path):
-    command = [sys.executable, SHAPES, "--size", "16", "--limit-train", "40", "--out"]
-    subprocess.run([*command, str(tmp_path / "calm")], check=True, capture_output=True)
-    process = subprocess.Popen([*command, str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
-    while process.poll() is None and (not os.path.isdir(tmp_path / "killed/unseen/images")
-                                      or not os.listdir(tmp_path / "killed/train/images")):
-        time.sleep(.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert {".train.unfinished", ".unseen.unfinished"} <= set(os.listdir(tmp_path / "killed"))
-    time.sleep(1)                                                   # its workers end their chunk
-    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
-    assert files(tmp_path / "calm") == files(tmp_path / "killed")
-
-
-# ======================================== data/camvid, data/ade20k, data/coco
-
-SAMPLES = os.environ.get("SEGGEN_TEST_DATA")
-real = pytest.mark.skipif(not SAMPLES, reason="SEGGEN_TEST_DATA is not set")
-
-
-def call(script, *args, ok=True):
-    """Run a data script; -> its stdout, or the one line of its error."""
-    done = subprocess.run([sys.executable, REPO / "data" / script, *map(str, args)], capture_output=True, text=True)
-    assert (done.returncode == 0) == ok, done.stderr
-    if ok:
-        return done.stdout
-    lines = [line for line in done.stderr.splitlines() if "pairs/s" not in line and "images/s" not in line and line]
-    assert len(lines) == 1 and "looked for" in lines[0] and "Traceback" not in done.stderr, done.stderr
-    return lines[0]
-
-
-def ids(path):
-    return np.asarray(Image.open(path))
+def mistake(module, *args):
+    """The one line in which a script ends."""
+    with pytest.raises(SystemExit, match="^.{5,}$") as stop:
+        P.run(lambda: call(module, *args))
+    return stop.value.code
 
 
 def snapshot(folder):
     """{path: bytes} of every file, and no temporary one among them."""
-    files = {str(f.relative_to(folder)): f.read_bytes() for f in sorted(Path(folder).rglob("*")) if f.is_file()}
-    assert not [name for name in files if ".part" in name]
-    return files
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    assert not [path for path in paths if ".tmp" in path.name or "unfinished" in path.name]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def colours(classes):
-    b = min(b for b in range(2, 7) if b ** 3 >= classes + 2)
-    return [[min(255, round(255 / (b - 1)) * d) for d in (v // b % b, v // b ** 2, v % b)] for v in range(classes + 2)]
+# ---- data/pairs.py -----------------------------------------------------------------------------------------
+
+def test_pictures_of_any_mode_are_read(tmp_path, monkeypatch):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 6, 3), np.uint8))
+    path, exif = tmp_path / "a.png", Image.Exif()
+    exif[0x0112] = 6  # a phone's photo, to be turned clockwise
+    for mode in ("1", "L", "LA", "P", "RGBA"):
+        photo = noise.convert(mode)
+        photo.save(path, exif=exif)
+        assert (np.asarray(P.to_rgb(P.open_picture(path))) == np.rot90(photo.convert("RGB"), -1)).all()
+    grey = np.arange(0, 65536, 997, np.uint16).reshape(6, 11)  # scaled, where PIL would clip it
+    assert (np.asarray(P.to_rgb(Image.fromarray(grey))) == (grey >> 8)[..., None]).all()
+    ids = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    for values in (ids, ids.astype(np.uint16), ids > 5):
+        Image.fromarray(values).save(path)
+        assert (P.read_ids(path, 11, (3, 4)) == values).all()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 0.1)  # it would fill the memory
+    with pytest.raises(ValueError, match="a.png: not a readable picture"):
+        P.open_picture(path)
 
 
-# ---- drawn raw sets, so that most of it is tested without samples
-
-def raw_camvid(root, count=6):
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for i in range(count):
-            for kind, array in (("", rng.integers(0, 255, (18, 24, 3))), ("annot", rng.integers(0, 12, (18, 24)))):
-                (root / (split + kind)).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(array.astype(np.uint8)).save(root / (split + kind) / f"{split}_{i}.png")
-    return root
-
-
-def raw_ade(root, instances=True):
-    rng = np.random.default_rng(0)
-    root.mkdir(parents=True)
-    names = "".join(f"{k}\t0.1\t1\t1\tclass{k}, other name\n" for k in range(1, 151))
-    (root / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n" + names)
-    for i, part in enumerate(("training", "training", "validation")):
-        name, label = f"ADE_{part[:5]}_{i:08d}", np.zeros((20, 30), np.uint8)
-        if i != 1:
-            label[:10], label[10:, :20] = 1, 8           # wall and (i = 1 stays blank) beds
-        marked = np.zeros((20, 30, 3), np.uint8)
-        marked[5:15, :8] = 1, 7, 0                       # a bed, half of it over the wall
-        marked[10:15, 10:15] = 1, 255, 0                 # another
-        for kind, ending, array in (("images", ".jpg", rng.integers(0, 255, (20, 30, 3))),
-                                    ("annotations", ".png", label), ("annotations_instance", ".png", marked)):
-            if kind != "annotations_instance" or instances:
-                (root / kind / part).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(array.astype(np.uint8)).save(root / kind / part / (name + ending))
-    return root
+@pytest.mark.parametrize("path, content, words", [
+    (".", None, "no such folder"), ("../.set.unfinished", "", "only a part of this set"),
+    ("images/b.png", None, "images: b is missing"), ("masks/b.png", None, "masks: b is missing"),
+    ("instances/b.png", None, "instances: b is missing"), ("images/b.jpg", "", "b.jpg and b.png have one na"),
+    ("classes.json", None, "json: no such file"), ("classes.json", "{", "classes.json: not a JSON file"),
+    ("classes.json", '{"sky": 1}', "json: not a list"), ("classes.json", "[[1]]", "json: not a list"),
+    ("classes.json", '[{"name": null}]', "not a list"), ("classes.json", ("false", '"no"'), "not a list"),
+    ("classes.json", json.dumps([{"name": "a"}] * 215), "215 classes"), ("classes.json", "[]", "0 classes"),
+    ("images/b.png", "cut", "b.png: not a readable"), ("images/b.png", "text", "b.png: not a readable"),
+    ("masks/b.png", Image.new("RGB", (17, 13)), "mode RGB"), ("masks/b.png", Image.new("L", (9, 8)), "9 x 8"),
+    ("masks/b.png", Image.new("L", (17, 13), 4), "id 4"), ("instances/b.png", Image.new("L", (7, 7)), "7 x"),
+    ("instances/b.png", Image.new("I;16", (17, 13), 256), "holds the id 256, where 0 to 255")])
+def test_a_spoiled_pair_folder_is_refused_in_one_line(tmp_path, path, content, words):
+    spoil(pair_folder(tmp_path / "set") / path, content)
+    with pytest.raises(ValueError, match=f"^.*{words}.*$"):
+        PairFolder(tmp_path / "set").keep()
 
 
-def raw_coco(root, segments, size=(40, 50), beside=True):
-    """One image with (segment id, category, crowd, rows, columns) rectangles; categories 3 and 90 things, 200 stuff."""
-    pngs = root / "annotations/panoptic_val2017" if beside else root / "panoptic_val2017"
-    for folder in (pngs, root / "val2017", root / "annotations"):
-        folder.mkdir(parents=True, exist_ok=True)
-    code = np.zeros(size, np.int64)
-    for number, _, _, rows, columns in segments:
-        code[rows, columns] = number
-    Image.fromarray(np.stack([code % 256, code // 256 % 256, code >> 16], -1).astype(np.uint8)).save(pngs / "000000000007.png")
-    Image.fromarray(np.zeros((*size, 3), np.uint8)).save(root / "val2017/000000000007.jpg")
-    info = [{"id": s[0], "category_id": s[1], "iscrowd": s[2]} for s in segments]
-    data = {"images": [{"id": 7, "file_name": "000000000007.jpg", "height": size[0], "width": size[1]}],
-            "annotations": [{"image_id": 7, "file_name": "000000000007.png", "segments_info": info}],
-            "categories": [{"id": 200, "name": "rug-merged", "isthing": 0}, {"id": 3, "name": "car", "isthing": 1},
-                           {"id": 90, "name": "toothbrush", "isthing": 1}]}
-    (root / "annotations/panoptic_val2017.json").write_text(json.dumps(data))
-    return root
+def test_names_are_sorted_and_captions_are_lines_or_class_names(tmp_path, capsys):
+    names = ["10", "9", "B", "a", "a-b", "a.b"]  # as file names, a-b.png comes before a.png
+    root = pair_folder(tmp_path, names)
+    for name, ending in zip(names, (".jpeg", ".jpg", ".jpeg", ".png", ".JPG", ".png")):
+        (root / f"images/{name}.png").rename(root / f"images/{name}{ending}")
+    (root / "images/.hidden.png").touch()
+    (root / "captions/9.txt").write_text("\n  two trees \n\na house\n")
+    (root / "captions/B.txt").unlink()
+    Image.fromarray(np.uint8([[3, 3], [1, 0]])).save(root / "masks/B.png")
+    pairs = PairFolder(root, start=1, limit=2)
+    assert PairFolder(root).names == names and pairs.names == ["9", "B"]
+    assert pairs.captions(0) == ["two trees", "a house"]
+    assert pairs.captions(1) == pairs.captions(1) == ["a picture of class1, class3"]
+    assert capsys.readouterr().out.count("composed from class names") == 1
+    assert PairFolder(root, parts=("image",), start=2).captions(0) == [""]
+    with pytest.raises(ValueError, match="no pairs are left after the first 6"):
+        PairFolder(root, start=6)
 
 
-FEW = [(300, 3, 0, slice(0, 10), slice(0, 10)), (70000, 3, 0, slice(0, 10), slice(10, 30)),
-       (5, 3, 1, slice(10, 20), slice(0, 9)), (9, 200, 0, slice(20, 40), slice(0, 50))]
+@pytest.mark.parametrize("parts, instances, channels, method", [
+    ("image ids instances", True, 5, "spawn"), ("image ids instances", False, 5, "fork"),
+    ("ids image", True, 4, "fork"), ("ids instances", True, 2, "fork"), ("image", True, 3, "fork")])
+def test_worker_processes_share_the_memory(tmp_path, monkeypatch, parts, instances, channels, method):
+    pairs = PairFolder(pair_folder(tmp_path / "set", instances=instances), parts.split())
+    decoded = [pairs.read(i) for i in range(3)]
+    size = channels * sum((12 + i) * (16 + i) for i in range(3))
+    with monkeypatch.context() as patch:
+        patch.delattr(PairFolder, "decode")  # the headers alone say that it is too large
+        pairs.keep(size - 1)
+    assert pairs.memory is None
+    pairs.keep(size)
+    shutil.rmtree(tmp_path / "set")
+    compare = map(np.testing.assert_equal, map(pairs.read, range(3)), decoded)  # runs in the worker
+    for work, *args in ((list, compare), (operator.setitem, pairs.memory, 0, 7)):
+        worker = multiprocessing.get_context(method).Process(target=work, args=args)
+        worker.start()
+        worker.join()
+        assert worker.exitcode == 0
+    assert decoded[0][pairs.parts[0]].flat[0] != 7 == pairs.memory[0]  # shared, not copied
 
 
-# ---- camvid
-
-def test_camvid_labels_are_shifted_and_void_is_zero(tmp_path):
-    raw, out = raw_camvid(tmp_path / "raw"), tmp_path / "out"
-    call("camvid/prepare.py", "--root", raw, "--out", out)
-    for split in ("train", "val"):
-        classes = json.loads((out / split / "classes.json").read_text())
-        assert len(classes) == 11 and not any(c["isthing"] for c in classes)
-        assert [c["source_id"] for c in classes] == list(range(11)) and classes[8]["name"] == "car"
-        for file in sorted((raw / split).iterdir()):
-            label, mask = ids(raw / (split + "annot") / file.name), Image.open(out / split / "masks" / file.name)
-            assert mask.mode == "P" and np.array_equal(np.asarray(mask), (label + 1) % 12)
-            assert np.array_equal(np.asarray(mask.convert("RGB")), np.array(colours(11))[np.asarray(mask)])
-            assert (out / split / "images" / file.name).resolve() == file.resolve()
-            lines = (out / split / "captions" / (file.stem + ".txt")).read_text().splitlines()
-            assert len(lines) == len(set(lines)) == 3 and "road" in lines[0]
-    assert not (out / "train/instances").exists()
+def test_the_fingerprint_changes_with_the_data(tmp_path):
+    root, other = pair_folder(tmp_path / "set"), Image.new("L", (16, 12), 1)
+    found = [PairFolder(root).fingerprint(), PairFolder(shutil.copytree(root, tmp_path / "b")).fingerprint()]
+    for path in tmp_path.glob("b/*/c.*"):
+        path.rename(path.with_stem("d"))
+    found.append(PairFolder(tmp_path / "b").fingerprint())
+    for path, content in (("masks/a.png", other), ("instances/a.png", other), ("captions/a.txt", "other"),
+                          ("captions/a.txt", None), ("images/a.png", "cut"), ("classes.json", ("ss1", "a")),
+                          ("meta.json", "1"), ("meta.json", "of synthetic data"), ("masks/a.png", "any")):
+        spoil(root / path, content)
+        found.append(PairFolder(root).fingerprint())
+    assert found[0] == found[1] and found[-1] == found[-2] and len(set(found)) == len(found) - 2
 
 
-def test_camvid_captions_name_what_is_there(tmp_path):
-    raw = raw_camvid(tmp_path / "raw", 1)
-    label = np.full((18, 24), 11, np.uint8)
-    label[:12], label[12:] = 5, 8                                    # trees over cars, nothing else
-    Image.fromarray(label).save(raw / "trainannot/train_0.png")
-    Image.fromarray(np.full_like(label, 11)).save(raw / "valannot/val_0.png")      # all void
-    call("camvid/prepare.py", "--root", raw, "--out", tmp_path)
-    long = (tmp_path / "train/captions/train_0.txt").read_text().splitlines()[0]
-    assert "many trees" in long and "cars" in long and "without sky" in long
-    assert not any(word in long for word in ("road", "pedestrian", "pole", "building"))
-    assert (tmp_path / "val/captions/val_0.txt").read_text().startswith("a ")
+def test_a_pair_comes_back_and_a_failed_write_changes_nothing(tmp_path, monkeypatch):
+    codes = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    pair = {"image": np.stack([codes] * 3, -1), "ids": codes.clip(0, 214), "instances": codes}
+    P.write_json(tmp_path / "classes.json", [{"name": str(k)} for k in range(214)])
+    P.write_pair(tmp_path, "a", *pair.values(), ["one", "two"], 214)
+    np.testing.assert_equal(PairFolder(tmp_path).read(0), pair)
+    assert Image.open(tmp_path / "masks/a.png").getpalette() == palette(214).ravel().tolist()
+    assert palette(150)[[1, 2, 6]].tolist() == [[0, 0, 51], [0, 0, 102], [51, 0, 0]]  # the published ones
+    assert (tmp_path / "captions/a.txt").read_bytes() == b"one\ntwo\n"
+    before = snapshot(tmp_path / "images")
+    broken = mock.Mock(save=lambda path, kind: path.write_text("half") / 0)
+    for name in ("a", "b"):  # an image that exists means a complete pair
+        with pytest.raises(ZeroDivisionError):
+            P.write_pair(tmp_path, name, broken, pair["ids"], codes, ["one"], 214)
+        assert snapshot(tmp_path / "images") == before and snapshot(tmp_path)[f"masks/{name}.png"]
+    monkeypatch.chdir(tmp_path)  # images are linked, or copied at worst
+    for i, refused in enumerate(("symlink", "link", "nothing more")):
+        P.write_pair(f"out{i}", "a", Path("images/a.png"))
+        path = tmp_path / f"out{i}/images/a.png"
+        assert path.read_bytes() == before["a.png"]
+        assert path.is_symlink() == (i == 0) and path.samefile("images/a.png") == (i < 2)
+        monkeypatch.setattr(os, refused, mock.Mock(side_effect=OSError), raising=False)
 
 
-def test_camvid_size_resizes_masks_by_nearest(tmp_path):
-    raw = raw_camvid(tmp_path / "raw")
-    call("camvid/prepare.py", "--root", raw, "--out", tmp_path, "--size", "13x7")
-    for file in (tmp_path / "train/masks").iterdir():
-        wanted = Image.fromarray((ids(raw / "trainannot" / file.name) + 1) % 12).resize((13, 7), Image.NEAREST)
-        assert np.array_equal(ids(file), np.asarray(wanted))
-        image = tmp_path / "train/images" / file.name
-        assert Image.open(image).size == (13, 7) and not image.is_symlink()
-    assert "earlier run" in call("camvid/prepare.py", "--root", raw, "--out", tmp_path, ok=False)
-
-
-def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
-    raw = raw_camvid(tmp_path / "raw", 150)
-    call("camvid/prepare.py", "--root", raw, "--out", tmp_path / "whole", "--size", "80x60")
-    command = [sys.executable, REPO / "data/camvid/prepare.py", "--root", raw, "--out", tmp_path / "out",
-               "--size", "80x60"]
-    count = lambda: len(list(tmp_path.glob("out/*/images/*.png")))
-    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    while running.poll() is None and count() < 20:
-        time.sleep(0.005)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
-    assert 0 < count() < 300 and not list(tmp_path.glob("out/*/classes.json"))
-    for image in tmp_path.glob("out/*/images/*.png"):                # an image means a whole pair
-        assert ids(image.parents[1] / "masks" / image.name).shape == (60, 80)
-    (tmp_path / "out/train/.masks-1-a.png.part").write_bytes(b"cut short")
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/images/*.png")}
-    subprocess.run(command, check=True, capture_output=True)
-    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
-    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
-
-
-def test_camvid_bad_input_is_one_line(tmp_path):
-    out = tmp_path / "out"
-
-    def error(change, *args):
-        shutil.rmtree(tmp_path / "raw", ignore_errors=True)
-        raw = raw_camvid(tmp_path / "raw", 2)
-        change(raw)
-        shutil.rmtree(out, ignore_errors=True)
-        line = call("camvid/prepare.py", "--root", raw, "--out", out, *args, ok=False)
-        images = {f.stem for f in out.glob("*/images/*")}
-        assert images == {f.stem for f in out.glob("*/masks/*")} == {f.stem for f in out.glob("*/captions/*")}
-        assert not list(out.glob("*/classes.json"))                      # no reader takes what is left for a whole set
-        return line
-
-    assert "trainannot" in error(lambda raw: shutil.rmtree(raw / "trainannot"))
-    assert "train" in error(lambda raw: [shutil.rmtree(f) for f in raw.iterdir()])
-    assert "train_1" in error(lambda raw: (raw / "train/train_1.png").unlink())
-    assert "val_0" in error(lambda raw: (raw / "valannot/val_0.png").unlink())
-    assert "9 x 9" in error(lambda raw: Image.new("L", (9, 9)).save(raw / "trainannot/train_0.png"))
-    assert "RGB" in error(lambda raw: Image.new("RGB", (24, 18)).save(raw / "trainannot/train_0.png"))
-    assert "found 12" in error(lambda raw: Image.new("L", (24, 18), 12).save(raw / "trainannot/train_0.png"))
-    for name in ("train", "trainannot"):
-        cut = lambda raw: (raw / name / "train_0.png").write_bytes((raw / name / "train_0.png").read_bytes()[:-60])
-        assert f"{name}/train_0.png" in error(cut)
-        assert f"{name}/train_0.png" in error(lambda raw: (raw / name / "train_0.png").write_text("no picture"))
-    assert "positive" in error(lambda raw: None, "--size", "0x5") and "positive" in error(lambda raw: None, "--size", "a")
-    assert "earlier" not in call("camvid/prepare.py", "--root", tmp_path / "nowhere", "--out", out, ok=False)
-    (tmp_path / "file").write_text("")
-    assert "--out" in call("camvid/prepare.py", "--root", tmp_path / "raw", "--out", tmp_path / "file/x", ok=False)
-
-
-# ---- ade20k
-
-def test_ade_instances_agree_with_the_mask(tmp_path):
-    raw = raw_ade(tmp_path / "raw")
-    call("ade20k/prepare.py", "--root", raw, "--out", tmp_path)
-    classes = json.loads((tmp_path / "train/classes.json").read_text())
-    assert len(classes) == 150 and sum(c["isthing"] for c in classes) == 100 and classes[7]["isthing"]
-    assert classes[0] == {"name": "class1", "isthing": False, "source_id": 1}
-    name = "ADE_train_00000000.png"
-    mask, instances = ids(tmp_path / "train/masks" / name), ids(tmp_path / "train/instances" / name)
-    assert np.array_equal(mask, ids(raw / "annotations/training" / name))
-    wanted = np.zeros((20, 30), int)
-    wanted[10:, :20], wanted[10:15, :8], wanted[10:15, 10:15] = 255, 1, 2
-    assert np.array_equal(instances, wanted)
-    blank = "ADE_train_00000001"
-    assert not ids(tmp_path / f"train/masks/{blank}.png").any() and not ids(tmp_path / f"train/instances/{blank}.png").any()
-    assert (tmp_path / f"train/captions/{blank}.txt").read_text().strip()
-
-
-def test_ade_without_instances_has_no_things(tmp_path):
-    call("ade20k/prepare.py", "--root", raw_ade(tmp_path / "raw", False), "--out", tmp_path)
-    assert not any(c["isthing"] for c in json.loads((tmp_path / "train/classes.json").read_text()))
-    assert not (tmp_path / "train/instances").exists()
+def test_jobs_run_in_order_and_their_errors_come_last():
+    results = P.run_jobs(int, [*map(str, range(200)), "x", "7", "y"], processes=2)
+    assert [next(results) for _ in range(201)] == [*range(200), 7]
+    with pytest.raises(ValueError, match=r"'x' \(2 of 203 failed\)"):
+        next(results)
 
 
 @pytest.mark.parametrize("text", [
-    json.dumps({"ADE_train_00000000": "twin beds", "ADE_train_00000001.jpg": ["a", "b"]}),
-    json.dumps([{"image": "x/ADE_train_00000000.jpg", "caption": "twin\nbeds"}, {"name": "ADE_train_00000001", "text": "a"},
-                {"name": "ADE_train_00000001", "text": "b"}]),
-    '{"file_name": "ADE_train_00000000.jpg", "caption": "twin beds"}\n\n{"ADE_train_00000001": ["a", "b"]}\n'])
+    '{"a": "twin beds", "b.jpg": ["x", "y"]}',
+    '{"annotations": [{"image_id": "a", "id": 7, "caption": "twin beds"}, {"id": "b", "text": ["x", "y"]}]}',
+    '[{"image": "p/a.jpg", "text": "twin\\nbeds"}, {"id": "b", "text": "x"}, {"id": "b", "text": ["y", ""]}]',
+    '{"file_name": "a.jpg", "caption": "twin  beds"}\n\n{"b": ["x", "y"]}\n'])
 def test_caption_files_in_any_usual_form(tmp_path, text):
-    raw = raw_ade(tmp_path / "raw", False)
-    (tmp_path / "captions.jsonl").write_text(text)
-    call("ade20k/prepare.py", "--root", raw, "--out", tmp_path)
-    image = tmp_path / "train/images/ADE_train_00000000.jpg"
-    then = image.lstat().st_mtime_ns
-    assert "1 of 1" in call("ade20k/prepare.py", "--root", raw, "--out", tmp_path, "--captions", tmp_path / "captions.jsonl")
-    read = lambda i: (tmp_path / f"train/captions/ADE_train_{i:08d}.txt").read_text()
-    assert read(0) == "twin beds\n" and read(1) == "a\nb\n" and image.lstat().st_mtime_ns == then
-    for wrong in ("", "[]", "{}", "[1, 2]", '{"a": 3}', "{", '"text"'):
-        (tmp_path / "wrong.json").write_text(wrong)
-        call("ade20k/prepare.py", "--root", raw, "--out", tmp_path, "--captions", tmp_path / "wrong.json", ok=False)
-
-
-def test_ade_bad_input_is_one_line(tmp_path):
-    def error(change):
-        shutil.rmtree(tmp_path, ignore_errors=True)
-        raw = raw_ade(tmp_path / "raw")
-        change(raw)
-        line = call("ade20k/prepare.py", "--root", raw, "--out", tmp_path / "out", ok=False)
-        assert not list(tmp_path.glob("out/*/classes.json"))
-        return line
-
-    label = "annotations/training/ADE_train_00000000.png"
-    assert "objectInfo150" in error(lambda raw: (raw / "objectInfo150.txt").unlink())
-    assert "found 149" in error(lambda raw: (raw / "objectInfo150.txt").write_text(
-        "\n".join((raw / "objectInfo150.txt").read_text().splitlines()[:-1])))
-    assert "images" in error(lambda raw: shutil.rmtree(raw / "images"))
-    assert "ADE_train_00000000" in error(lambda raw: (raw / label).unlink())
-    assert "found 151" in error(lambda raw: Image.new("L", (30, 20), 151).save(raw / label))
-    assert "RGB" in error(lambda raw: Image.new("RGB", (30, 20)).save(raw / label))
-    assert "(31, 20)" in error(lambda raw: Image.new("L", (31, 20)).save(raw / label))
-    assert "found L" in error(lambda raw: Image.new("L", (30, 20)).save(raw / label.replace("tions/", "tions_instance/")))
-    assert "sceneCategories" in error(lambda raw: (raw / "sceneCategories.txt").write_bytes(b"ADE_train_1 \xff"))
-    image = "images/training/ADE_train_00000000.jpg"
-    assert image in error(lambda raw: (raw / image).write_bytes((raw / image).read_bytes()[:-200]))
-
-
-# ---- coco
-
-@pytest.mark.parametrize("beside", [True, False])
-def test_coco_views_of_a_drawn_image(tmp_path, beside):
-    assert "1 of 1" in call("coco/prepare.py", "--root", raw_coco(tmp_path / "raw", FEW, beside=beside), "--out", tmp_path)
-    folder, name = tmp_path / "val", "000000000007.png"
-    classes = json.loads((folder / "classes.json").read_text())
-    assert [(c["source_id"], c["isthing"]) for c in classes] == [(3, True), (90, True), (200, False)]
-    mask, instances = np.zeros((40, 50)), np.zeros((40, 50))
-    mask[:10, :30], mask[10:20, :9], mask[20:] = 1, 1, 3
-    instances[:10, :10], instances[:10, 10:30], instances[10:20, :9] = 2, 1, 255
-    assert np.array_equal(ids(folder / "masks" / name), mask) and np.array_equal(ids(folder / "instances" / name), instances)
-    assert "many cars with rug" in (folder / "captions/000000000007.txt").read_text()
-
-
-def test_coco_with_more_than_254_things_loses_none(tmp_path):
-    many = [(1000 + 50 * r + c, 3 if r < 5 else 90, 0, slice(r, r + 1), slice(c, c + 1)) for r in range(8) for c in range(50)]
-    call("coco/prepare.py", "--root", raw_coco(tmp_path / "raw", many), "--out", tmp_path)
-    call("coco/export.py", tmp_path / "val", "--out", tmp_path / "back")
-    info = json.loads((tmp_path / "back/panoptic.json").read_text())["annotations"][0]["segments_info"]
-    assert len(info) == 400 and sum(s["category_id"] == 3 for s in info) == 250 and not any(s["iscrowd"] for s in info)
-    more = many + [(5000 + 50 * r + c, 3, 0, slice(r, r + 1), slice(c, c + 1)) for r in (8, 9) for c in range(50)]
-    call("coco/prepare.py", "--root", raw_coco(tmp_path / "raw2", more), "--out", tmp_path / "2")
-    mask, instances = (ids(tmp_path / "2/val" / kind / "000000000007.png") for kind in ("masks", "instances"))
-    assert len(np.unique(instances[mask == 1])) == 255 and (instances[mask == 1] == 255).sum() == 350 - 254
-
-
-def test_coco_bad_input_is_one_line(tmp_path):
-    def error(change, segments=FEW):
-        shutil.rmtree(tmp_path, ignore_errors=True)
-        raw = raw_coco(tmp_path / "raw", segments)
-        change(raw)
-        line = call("coco/prepare.py", "--root", raw, "--out", tmp_path / "out", ok=False)
-        assert not list(tmp_path.glob("out/val/*/*")) and not (tmp_path / "out/val/classes.json").exists()
-        return line
-
-    def edit(change):
-        def apply(raw):
-            path = raw / "annotations/panoptic_val2017.json"
-            data = json.loads(path.read_text())
-            change(data)
-            path.write_text(json.dumps(data))
-        return apply
-
-    png, photo = "annotations/panoptic_val2017/000000000007.png", "val2017/000000000007.jpg"
-    assert "panoptic_val2017.json" in error(lambda raw: shutil.rmtree(raw / "annotations"))
-    assert "not in its JSON" in error(edit(lambda d: d["annotations"][0]["segments_info"].pop()))
-    assert "not in the PNG" in error(edit(lambda d: d["annotations"][0]["segments_info"].append(
-        {"id": 77, "category_id": 3, "iscrowd": 0})))
-    assert "found id 4" in error(edit(lambda d: d["annotations"][0]["segments_info"][0].update(category_id=4)))
-    for spoil in (lambda s: s.pop("category_id"), lambda s: s.pop("id"), lambda s: s.update(category_id=None), lambda s: s.update(id=[1])):
-        assert "category_id" in error(edit(lambda d: spoil(d["annotations"][0]["segments_info"][0])))
-    assert "annotations with image_id" in error(edit(lambda d: d["annotations"][0].update(image_id=[7])))
-    assert "only an image for 8" in error(edit(lambda d: d["images"].append({"id": 8, "file_name": "8.jpg"})))
-    assert "only an annotation for 7" in error(edit(lambda d: d["images"][0].update(id=9)))
-    assert "categories" in error(edit(lambda d: d.pop("categories")))
-    assert "categories with id" in error(edit(lambda d: d.update(categories=5)))
-    assert "categories with id" in error(edit(lambda d: d["categories"][0].update(name=None)))
-    for part in ("images", "categories", "annotations"):
-        assert f"each of {part} once" in error(edit(lambda d: d[part].append(d[part][0])))
-    assert "each segment once" in error(edit(lambda d: d["annotations"][0]["segments_info"].append(
-        d["annotations"][0]["segments_info"][0])))
-    assert "annotations with image_id, file_name" in error(edit(lambda d: d["annotations"][0].pop("file_name")))
-    assert "categories with id, name, isthing" in error(edit(lambda d: d["categories"][1].pop("isthing")))
-    assert png.split("/")[1] in error(lambda raw: (raw / png).unlink())
-    assert "val2017" in error(lambda raw: (raw / photo).unlink())
-    assert "val2017" in error(lambda raw: shutil.rmtree(raw / "val2017"))
-    assert "mode L" in error(lambda raw: Image.new("L", (50, 40)).save(raw / png))
-    assert "(9, 9)" in error(lambda raw: Image.new("RGB", (9, 9)).save(raw / png))
-    assert photo in error(lambda raw: (raw / photo).write_bytes((raw / photo).read_bytes()[:300]))
-    assert "JSON file" in error(lambda raw: (raw / "annotations/panoptic_val2017.json").write_text("{"))
-
-
-def test_export_takes_scores_where_there_are_some(tmp_path):
-    call("coco/prepare.py", "--root", raw_coco(tmp_path / "raw", FEW), "--out", tmp_path)
-    folder, name = tmp_path / "val", "000000000007"
-    call("coco/export.py", folder)
-    found = json.loads((folder / "coco/results.json").read_text())
-    assert len(found) == 2 and {one["score"] for one in found} == {1.0}
-    (folder / "results").mkdir()
-    assert f"{name}.json" in call("coco/export.py", folder, ok=False)
-    for wrong in ("[", '[{"score": 0.5}]', "7"):
-        (folder / f"results/{name}.json").write_text(wrong)
-        assert f"{name}.json" in call("coco/export.py", folder, ok=False)
-    kept = [{"image_id": name, "score": s, **{k: found[0][k] for k in ("category_id", "segmentation")}} for s in (0.9, 0.2)]
-    (folder / f"results/{name}.json").write_text(json.dumps(kept))
-    call("coco/export.py", folder)
-    assert json.loads((folder / "coco/results.json").read_text()) == [dict(one, image_id=7) for one in kept]
-
-
-def test_export_refuses_what_is_no_pair_folder(tmp_path):
-    raw = raw_coco(tmp_path / "raw", FEW)
-    call("coco/prepare.py", "--root", raw, "--out", tmp_path)
-    folder, name = tmp_path / "val", "000000000007.png"
-    keep = (folder / "masks" / name).read_bytes()
-    assert "classes.json" in call("coco/export.py", tmp_path / "raw", ok=False)
-    for wrong, word in ((Image.new("L", (50, 40), 4), "found 4"), (Image.new("RGB", (50, 40)), "RGB"),
-                        (Image.new("L", (9, 9)), "(9, 9)")):
-        wrong.save(folder / "masks" / name)
-        assert word in call("coco/export.py", folder, "--out", tmp_path / "x", ok=False) and not (tmp_path / "x").exists()
-    (folder / "masks" / name).write_bytes(keep)
-    call("coco/export.py", folder, "--out", tmp_path / "x")
-    before = snapshot(tmp_path / "x")
-    Image.new("RGB", (50, 40)).save(folder / "masks" / name)
-    assert "RGB" in call("coco/export.py", folder, "--out", tmp_path / "x", ok=False)
-    assert snapshot(tmp_path / "x") == before                            # one that failed leaves the earlier one
-    (folder / "masks" / name).write_bytes(keep)
-    assert "--out" in call("coco/export.py", folder, "--out", raw / "val2017/000000000007.jpg/x", ok=False)
-    (folder / "images/000000000007.jpg").rename(folder / "images/8.jpg")
-    call("coco/export.py", folder, "--out", tmp_path / "x", ok=False)
-
-
-@real
-def test_coco_round_trip_gives_the_official_segments(tmp_path):
-    raw = Path(SAMPLES, "coco")
-    call("coco/prepare.py", "--root", raw, "--out", tmp_path)
-    for split in ("train", "val"):
-        call("coco/export.py", tmp_path / split, "--out", tmp_path / "back")
-        theirs = json.loads((raw / f"annotations/panoptic_{split}2017.json").read_text())
-        ours = json.loads((tmp_path / "back/panoptic.json").read_text())
-        assert {(c["id"], c["name"], c["isthing"]) for c in ours["categories"]} == {
-            (c["id"], c["name"], c["isthing"]) for c in theirs["categories"]}
-        marked = {a["image_id"]: a for a in theirs["annotations"]}
-        assert sorted(marked) == [a["image_id"] for a in ours["annotations"]]
-        for one in ours["annotations"]:
-            other = marked[one["image_id"]]
-            maps = [ids(folder / a["file_name"]).astype(np.int64) @ [1, 256, 65536] for folder, a in (
-                (tmp_path / "back/panoptic", one), (raw / f"annotations/panoptic_{split}2017", other))]
-            joined = np.unique(maps[0] << 24 | maps[1])                             # one to one, pixel by pixel
-            joined = np.stack([joined >> 24, joined & 0xFFFFFF], 1)
-            mine, his = ({0: None} | {s["id"]: (s["category_id"], s["iscrowd"], s["area"], s["bbox"])
-                                      for s in a["segments_info"]} for a in (one, other))
-            assert len(joined) == len(np.unique(joined[:, 0])) == len(np.unique(joined[:, 1])) and len(mine) == len(his)
-            assert all(mine[a] == his[b] for a, b in joined.tolist())
-
-
-@real
-def test_coco_export_is_read_by_pycocotools(tmp_path, capsys):
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-    call("coco/prepare.py", "--root", Path(SAMPLES, "coco"), "--out", tmp_path)
-    assert len((tmp_path / "val/captions/000000000139.txt").read_text().splitlines()) >= 5      # COCO's own
-    call("coco/export.py", tmp_path / "val", "--out", tmp_path / "back")
-    truth = COCO(tmp_path / "back/instances.json")
-    for kind in ("segm", "bbox"):
-        score = COCOeval(truth, truth.loadRes(str(tmp_path / "back/results.json")), kind)
-        score.params.maxDets = [1, 10, 300]
-        score.evaluate(), score.accumulate()
-        precision = score.eval["precision"][:, :, :, 0, -1]
-        assert precision[precision > -1].min() > 0.999
-    first = truth.loadAnns(truth.getAnnIds(139))[0]
-    mask = truth.annToMask(first)
-    assert mask.sum() == first["area"] and mask.shape == ids(tmp_path / "val/masks/000000000139.png").shape
-
-
-def perfect(pairs):
-    """The metrics of the truth taken as a prediction."""
-    meters = T.Confusion(pairs.classes), T.PanopticQuality(pairs.classes), T.AveragePrecision(pairs.classes)
-    things = {k for k, c in enumerate(pairs.classes, 1) if c["isthing"]}
-    for ids_, parts in (pairs[i][1].numpy() for i in range(len(pairs))):
-        meters[0].add(ids_.astype(np.int64), ids_)
-        meters[1].add((ids_.astype(np.int64), parts.astype(np.int64)), (ids_, parts))
-        found = {(c, n) for c, n in np.unique(np.stack([ids_.ravel(), parts.ravel()]), axis=1).T.tolist()
-                 if c in things and n < T.CROWD}
-        meters[2].add([(ids_ == c) & (parts == n) for c, n in found], [c for c, _ in found], [0.9] * len(found), (ids_, parts))
-    return {k: v for meter in meters for k, v in meter.result().items()}
-
-
-@real
-def test_coco_sample_through_every_task(tmp_path):
-    """Prepare, a few pairs; perfect predictions score 100; train, evaluate, predict and export with every task."""
-    from pycocotools.coco import COCO
-    call("coco/prepare.py", "--root", Path(SAMPLES, "coco"), "--out", tmp_path / "all")
-    for split, first in (("train", 0), ("val", 10)):
-        for kind in ("images", "masks", "instances"):
-            (tmp_path / "few" / split / kind).mkdir(parents=True)
-            for path in sorted((tmp_path / "all" / split / kind).iterdir())[first:first + 4]:
-                shutil.copy(path, tmp_path / "few" / split / kind)
-        shutil.copy(tmp_path / "all" / split / "classes.json", tmp_path / "few" / split)
-    best = perfect(T.Pairs(tmp_path / "few/val"))
-    assert all(np.isnan(v) or k == "absent" or np.isclose(v, 100) for k, v in best.items()), best
-    for task in T.SCORE:
-        out = tmp_path / task
-        T.go(T.flags().parse_args(["--data", str(tmp_path / "few"), "--task", task, "--steps", "2", "--batch", "2",
-                                   "--size", "64", "--device", "cpu", "--out", str(out)]))
-        scores = json.loads((out / "metrics.json").read_text())["val"]
-        assert scores["images"] == 4 and 0 <= scores[T.SCORE[task]] < 50, (task, scores)
-        T.go(T.flags().parse_args(["--data", str(tmp_path / "few"), "--task", task, "--size", "64", "--eval-only",
-                                   "--device", "cpu", "--out", str(out), "--predictions", str(out / "said")]))
-        assert "4 images" in call("coco/export.py", out / "said/val")
-        said = json.loads((out / "said/val/coco/panoptic.json").read_text())
-        assert [a["file_name"] for a in said["annotations"]] == sorted(p.name for p in (out / "said/val/masks").iterdir())
-        assert (task == "semantic") == (not (out / "said/val/results").exists())
-        for path in (out / "said/val/results").glob("*.json"):
-            assert all({"image_id", "category_id", "segmentation", "score"} <= set(r) for r in json.loads(path.read_text()))
-        if task != "semantic":
-            found = COCO(out / "said/val/coco/instances.json").loadRes(str(out / "said/val/coco/results.json"))
-            assert len({a["score"] for a in found.anns.values()}) > 10
-
-
-@real
-def test_pq_of_the_coco_sample_equals_the_definition(tmp_path):
-    """At a quarter of the resolution: crowds, void, shifted, renamed, merged and lost segments."""
-    call("coco/prepare.py", "--root", Path(SAMPLES, "coco"), "--out", tmp_path)
-    names = sorted(p.name for p in (tmp_path / "val/masks").iterdir())
-    maps = [[ids(tmp_path / "val" / kind / name)[::4, ::4] for kind in ("masks", "instances")] for name in names]
-    maps = sorted(maps, key=lambda m: -(m[1] == 255).sum())[:25]                            # crowds first
-    classes, cases = json.loads((tmp_path / "val/classes.json").read_text()), []
-    meter, rng = T.PanopticQuality(classes), np.random.default_rng(0)
-    for truth_ids, truth_parts in maps:
-        shift = rng.integers(-2, 3, 2)
-        guess, parts = (np.roll(m, shift, (0, 1)).astype(np.int64) for m in (truth_ids, truth_parts))
-        for c in np.unique(guess)[::5]:
-            guess[guess == c] = rng.integers(1, len(classes) + 1)
-        parts[parts == 2] = 1
-        parts[parts == 255] = 200
-        guess[10:30, 20:40], guess[60:80, 10:30] = 0, rng.integers(1, 81)
-        cases.append(((guess, parts), (truth_ids, truth_parts)))
-        meter.add(*cases[-1])
-    slow = slow_pq(cases, [c["isthing"] for c in classes])
-    assert (maps[0][1] == 255).any() and any((m[0] == 0).any() for m in maps) and 10 < slow["PQ"] < 90
-    for key, value in slow.items():
-        assert np.isclose(meter.result()[key], value), key
-
-
-@real
-def test_ade20k_sample_trains_and_is_measured(tmp_path):
-    """The paper's recipe on the small preset; perfect predictions score 100."""
-    call("ade20k/prepare.py", "--root", Path(SAMPLES, "ADEChallengeData2016"), "--out", tmp_path / "ade", "--size", 64)
-    pairs, meter = T.Pairs(tmp_path / "ade/val"), T.Confusion(json.loads((tmp_path / "ade/val/classes.json").read_text()))
-    for i in range(3):
-        meter.add(pairs[i][1][0].numpy().astype(np.int64), pairs[i][1][0].numpy())
-    best = meter.result()
-    assert best["mIoU"] == best["pACC"] == 100 and 100 < best["absent"] < 150
-    T.go(T.flags().parse_args(["--data", str(tmp_path / "ade"), "--recipe", "ade20k", "--preset", "tiny", "--size", "64",
-                               "--steps", "2", "--batch", "2", "--device", "cpu", "--out", str(tmp_path / "out")]))
-    found = json.loads((tmp_path / "out/metrics.json").read_text())["val"]
-    assert found["images"] == 3 and found["absent"] == best["absent"] and 0 <= found["mIoU"] < 50
-    assert json.loads((tmp_path / "out/log.jsonl").read_text())["step"] == 2
-
-
-@pytest.mark.skipif("SEGGEN_SLOW" not in os.environ, reason="SEGGEN_SLOW is not set: a quarter of an hour")
-@real
-def test_tiny_overfits_eight_images_of_camvid(tmp_path, monkeypatch):
-    from torchvision import tv_tensors
-    from torchvision.transforms import v2
-    call("camvid/prepare.py", "--root", Path(SAMPLES, "camvid"), "--out", tmp_path / "camvid")
-    fill = {tv_tensors.Image: 128, tv_tensors.Mask: 0}
-    monkeypatch.setattr(T, "augmentation", lambda recipe, h, w: v2.RandomCrop((h, w), pad_if_needed=True, fill=fill))
-    pairs = T.Pairs(tmp_path / "camvid/train", limit=8)
-    cfg = config(steps=1800, batch=2, size=[192, 240], lr=2e-3)
-    model = T.train(T.build(cfg, pairs.classes, None), T.Batches(pairs, [], cfg), tmp_path / "o", cfg, CPU)
-    assert T.evaluate(model, pairs, cfg, CPU)["mIoU"] > 95
-
-
-@real
-def test_samples_of_camvid_and_ade20k(tmp_path):
-    ade = Path(SAMPLES, "ADEChallengeData2016")
-    call("ade20k/prepare.py", "--root", ade, "--out", tmp_path / "ade", "--size", 64)
-    classes = json.loads((tmp_path / "ade/val/classes.json").read_text())
-    assert classes[11]["name"] == "sidewalk" and len({c["name"] for c in classes}) == 150
-    mask = Image.open(tmp_path / "ade/val/masks/ADE_val_00000001.png")
-    assert min(mask.size) == 64 and mask.getpalette()[3:6] == [0, 0, 51] and mask.getpalette()[18:21] == [51, 0, 0]
-    assert set(np.unique(mask)) <= set(np.unique(ids(ade / "annotations/validation/ADE_val_00000001.png")))
-    call("camvid/prepare.py", "--root", Path(SAMPLES, "camvid"), "--out", tmp_path / "camvid")
-    assert [len(list(tmp_path.glob(f"camvid/{s}/images/*"))) for s in ("train", "val", "test")] == [367, 101, 233]
-    text = (tmp_path / "camvid/test/captions/0001TP_008550.txt").read_text()
-    assert "at dusk" in text and "daylight" not in text
-
-
-# ======================================== train.py
-
-
-CLASSES = [{"name": n, "isthing": t, "source_id": i} for i, (n, t) in enumerate(
-    [("sky", False), ("grass", False), ("ball", True), ("box", True)], 1)]
-COLOURS = np.array([[0, 0, 0], [90, 150, 230], [60, 160, 70], [220, 60, 50], [240, 200, 60]], np.uint8)
-CPU = torch.device("cpu")
-
-
-def scene(rng, size=32):
-    """(H, W, 3) image, (H, W) ids, (H, W) instances of sky, grass, balls and boxes."""
-    ids, inst = np.ones((size, size), np.uint8), np.zeros((size, size), np.uint8)
-    ids[size // 2 + rng.integers(-4, 5):] = 2
-    for n in range(1, 4):
-        y, x, r, c = *rng.integers(4, size - 4, 2), rng.integers(3, 7), rng.integers(3, 5)
-        yy, xx = np.mgrid[:size, :size]
-        there = (yy - y) ** 2 + (xx - x) ** 2 < r * r if c == 3 else np.maximum(abs(yy - y), abs(xx - x)) < r
-        ids[there], inst[there] = c, n
-    image = np.clip(COLOURS[ids] + rng.normal(0, 12, (size, size, 3)), 0, 255).astype(np.uint8)
-    return image, ids, inst
-
-
-def folder(path, n=6, seed=0, size=32, classes=CLASSES, instances=True):
-    rng = np.random.default_rng(seed)
-    for kind in ("images", "masks") + ("instances",) * instances:
-        (path / kind).mkdir(parents=True, exist_ok=True)
-    (path / "classes.json").write_text(json.dumps(classes))
-    for i in range(n):
-        image, ids, inst = scene(rng, size)
-        Image.fromarray(image).save(path / f"images/{i:03d}.png")
-        Image.fromarray(ids).save(path / f"masks/{i:03d}.png")
-        if instances:
-            Image.fromarray(inst).save(path / f"instances/{i:03d}.png")
-    return path
-
-
-def dataset(path, **more):
-    for k, split in enumerate(("train", "val", "unseen")):
-        folder(path / split, seed=k, **more)
-    return path
-
-
-def command(*args, cwd):
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    return subprocess.run([sys.executable, str(REPO / "train.py"), *map(str, args)], cwd=cwd, env=env,
-                          capture_output=True, text=True, timeout=300)
-
-
-def config(**more):
-    return {**dict(recipe="tiny", preset="tiny", task="semantic", steps=4, batch=2, accumulate=1, seed=0, p_synth=0.6,
-                   pretrain=False, size=[32, 32], short=0, longest=0, lr=1e-3, world=1), **more}
-
-
-def truth(seed, size=48):
-    """A truth with void, a crowd and several instances: ids, instances."""
-    rng = np.random.default_rng(seed)
-    _, ids, inst = scene(rng, size)
-    ids[:5, :9] = 0
-    inst[:5, :9] = 0
-    ids[-8:, :12], inst[-8:, :12] = 3, 255
-    return ids, inst
-
-
-def perturbed(ids, inst, seed):
-    """A prediction: shifted, some classes swapped, some segments gone, some on void."""
-    rng = np.random.default_rng(seed + 100)
-    shift = rng.integers(-2, 3, 2)
-    ids, inst = (np.roll(a, shift, (0, 1)).astype(np.int64) for a in (ids, inst))
-    inst[inst == 255] = 9
-    if seed % 3 == 0:
-        ids[inst == 1] = 7 - ids[inst == 1]                           # 3 <-> 4
-    ids[20:24, 20:26] = 0
-    inst[ids == 0] = 0
-    inst[(ids > 2) & (inst == 2)] = 1 if seed % 2 else 2              # two instances run together
-    return ids, inst
-
-
-# ------------------------------------------------------------------------------------------------------ metrics
-
-def test_miou_equals_naive_count():
-    meter, pairs = T.Confusion(CLASSES), []
-    for seed in range(4):
-        ids, _ = truth(seed)
-        ids[ids == 4] = 3                                             # class 4 is absent from the truth
-        guess = perturbed(ids, np.zeros_like(ids), seed)[0]
-        pairs.append((guess, ids))
-        meter.add(guess, ids)
-    guess, ids = (np.concatenate([p[i].ravel() for p in pairs]) for i in (0, 1))
-    guess, ids = guess[ids > 0], ids[ids > 0]
-    ious, accs, freq = [], [], []
-    for c in (1, 2, 3):
-        inter = sum(1 for g, t in zip(guess, ids) if g == c and t == c)
-        union = sum(1 for g, t in zip(guess, ids) if g == c or t == c)
-        total = sum(1 for t in ids if t == c)
-        ious, accs, freq = ious + [inter / union], accs + [inter / total], freq + [total / len(ids)]
-    result = meter.result()
-    assert result["absent"] == 1
-    assert np.isclose(result["mIoU"], 100 * np.mean(ious)) and np.isclose(result["mACC"], 100 * np.mean(accs))
-    assert np.isclose(result["fwIoU"], 100 * np.dot(freq, ious))
-    assert np.isclose(result["pACC"], 100 * np.mean(guess == ids))
-
-
-def slow_pq(cases, isthing):
-    """Panoptic quality from boolean masks, straight from the definition."""
-    stats = {c: [0.0, 0, 0, 0] for c in range(1, len(isthing) + 1)}
-    for (gi, gn), (ti, tn) in cases:
-        segments = lambda ids, num: {(int(c), int(n)): (ids == c) & ((num == n) | (not isthing[c - 1]))  # noqa: E731
-                                     for c, n in {(c, n if isthing[c - 1] else 0) for c, n in
-                                                  zip(ids[ids > 0].tolist(), num[ids > 0].tolist())}}
-        found, true = segments(gi, gn), segments(ti, tn)
-        void, used = ti == 0, set()
-        crowd = {key: m for key, m in true.items() if key[1] == 255 and isthing[key[0] - 1]}
-        for key, t in true.items():
-            if key in crowd:
-                continue
-            hit = [(k, g) for k, g in found.items() if k[0] == key[0]
-                   and (g & t).sum() / ((g | t) & ~(void & g)).sum() > 0.5]
-            assert len(hit) <= 1
-            if hit:
-                used.add(hit[0][0])
-                g = hit[0][1]
-                stats[key[0]][0] += (g & t).sum() / ((g | t) & ~(void & g)).sum()
-                stats[key[0]][1] += 1
-            else:
-                stats[key[0]][3] += 1
-        for key, g in found.items():
-            free = void | np.any([m for k, m in crowd.items() if k[0] == key[0]] or [void], axis=0)
-            if key not in used and (g & free).sum() / g.sum() <= 0.5:
-                stats[key[0]][2] += 1
-    rows = {c: (i / max(tp, 1), tp / (tp + fp / 2 + fn / 2)) for c, (i, tp, fp, fn) in stats.items() if tp + fp + fn}
-    return {"PQ": 100 * np.mean([s * r for s, r in rows.values()]), "SQ": 100 * np.mean([s for s, _ in rows.values()]),
-            "RQ": 100 * np.mean([r for _, r in rows.values()]),
-            "PQ_things": 100 * np.mean([s * r for c, (s, r) in rows.items() if isthing[c - 1]]),
-            "PQ_stuff": 100 * np.mean([s * r for c, (s, r) in rows.items() if not isthing[c - 1]])}
-
-
-def test_pq_equals_the_definition():
-    cases = []
-    for seed in range(12):
-        ids, inst = truth(seed)
-        guess, numbers = perturbed(ids, inst, seed)
-        if seed > 5:
-            guess[:5, :9], numbers[:5, :9] = 3, 40                    # lies on void alone: not false
-        if seed > 8:
-            guess[-8:, :12], numbers[-8:, :12] = 4, 41                # on the crowd of another class: false
-        cases.append(((guess, numbers), (ids, inst)))
-    meter, other = T.PanopticQuality(CLASSES), T.PanopticQuality(CLASSES)
-    for i, case in enumerate(cases):
-        (meter if i % 2 else other).add(*case)
-    meter.merge(other)                                                # as two ranks would
-    result, slow = meter.result(), slow_pq(cases, [c["isthing"] for c in CLASSES])
-    assert 5 < slow["PQ"] < 95 and meter.counts[1:].sum(1).min() > 0
-    for key, value in slow.items():
-        assert np.isclose(result[key], value), key
-
-
-def test_perfect_predictions_score_100():
-    meters = T.Confusion(CLASSES), T.PanopticQuality(CLASSES), T.AveragePrecision(CLASSES)
-    for seed in range(5):
-        ids, inst = truth(seed)
-        guess = inst.astype(np.int64) + (inst == 255) * 1000          # on the crowd, something with the crowd's class
-        meters[0].add(ids.astype(np.int64), ids)
-        meters[1].add((ids.astype(np.int64), guess), (ids, inst))
-        masks = [((ids == c) & (inst == n), c) for c in (3, 4) for n in (1, 2, 3) if ((ids == c) & (inst == n)).any()]
-        meters[2].add([m for m, _ in masks], [c for _, c in masks], [0.9] * len(masks), (ids, inst))
-    for meter in meters:
-        for key, value in meter.result().items():
-            assert key == "absent" or np.isnan(value) or np.isclose(value, 100), key
-
-
-def test_ap_equals_pycocotools():
-    from pycocotools import mask as M
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-    meters, gts, dts = (T.AveragePrecision(CLASSES), T.AveragePrecision(CLASSES)), [], []
-    rng = np.random.default_rng(0)
-    for seed in range(10):
-        ids, inst = truth(seed, 96)
-        gi, gn = perturbed(ids, inst, seed)
-        found = [((gi == c) & (gn == n), c, float(rng.random())) for c in (3, 4) for n in range(1, 10)]
-        found = [f for f in found if f[0].any()]
-        meters[seed >= 5].add(*zip(*found), (ids, inst))
-        for c in (3, 4):
-            for n in np.unique(inst[ids == c]):
-                code = M.encode(np.asfortranarray((ids == c) & (inst == n), np.uint8))
-                gts.append(dict(id=len(gts) + 1, image_id=seed, category_id=c, segmentation=code, area=float(M.area(code)),
-                                bbox=M.toBbox(code).tolist(), iscrowd=int(n == 255)))
-        for m, c, s in found:
-            dts.append(dict(image_id=seed, category_id=c, score=s, segmentation=M.encode(np.asfortranarray(m, np.uint8))))
-    meters[0].merge(meters[1])
-    meters[0].merge(T.AveragePrecision(CLASSES))                      # of a rank without images
-    result = meters[0].result()
-    with contextlib.redirect_stdout(io.StringIO()):
-        gt = COCO()
-        gt.dataset = dict(images=[dict(id=i, height=96, width=96) for i in range(10)], annotations=gts, info={},
-                          categories=[dict(id=c, name=str(c)) for c in (3, 4)])
-        gt.createIndex()
-        dt = gt.loadRes(dts)
-        for kind, end in (("segm", ""), ("bbox", "_box")):
-            judge = COCOeval(gt, dt, kind)
-            judge.evaluate(), judge.accumulate(), judge.summarize()
-            for key, value in zip(("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"), judge.stats):
-                value = 100 * value if value >= 0 else np.nan
-                assert np.isclose(result[key + end], value, equal_nan=True), (kind, key, result[key + end], value)
-    assert 5 < result["AP"] < 95
-
-
-def test_ap_keeps_little_of_an_image():
-    meter, rng = T.AveragePrecision([dict(name=str(k), isthing=True) for k in range(30)]), np.random.default_rng(0)
-    masks = [np.roll(np.tri(32) > 0, n, (0, 1)) for n in rng.integers(0, 32, 100)]
-    meter.add(masks, list(rng.integers(1, 31, 100)), list(rng.random(100)), (np.ones((32, 32), np.uint8),) * 2)
-    assert len(pickle.dumps(meter)) < 20_000 and 0 <= meter.result()["AP"] < 100
-
-
-def test_multi_scale_evaluation_equals_predict(tmp_path, capsys):
-    data, cfg = dataset(tmp_path / "d", n=2), config(steps=20)
-    pairs, meter = T.Pairs(data / "val"), T.Confusion(CLASSES)
-    model = T.train(T.build(cfg, CLASSES, None), T.Batches(pairs, [], cfg), tmp_path / "o", cfg, CPU)
-    for image, labels in (pairs[i] for i in range(2)):
-        found = m2f.predict(model, image / 255, "semantic", scales=(0.5, 0.75, 1, 1.25, 1.5, 1.75), flip=True)
-        meter.add(found.numpy() + 1, labels[0].numpy())
-    result = T.evaluate(model, pairs, cfg, CPU, multi_scale=True)
-    assert result == dict(images=2, **meter.result()) != T.evaluate(model, pairs, cfg, CPU)
-    flags = ["--data", str(data), "--multi-scale", "--device", "cpu", "--splits", "val", "--out", str(tmp_path / "o")]
-    T.go(T.flags().parse_args([*flags, "--eval-only"]))
-    assert f"mIoU {result['mIoU']:.1f}" in capsys.readouterr().out
-    for wrong in ([], ["--eval-only", "--task", "panoptic"], ["--eval-only", "--predictions", "x"]):
-        with pytest.raises(T.BadInput, match="--multi-scale"):
-            T.go(T.flags().parse_args([*flags, *wrong]))
-
-
-def test_two_ranks_measure_what_one_measures(tmp_path):
-    """Trained and measured under torchrun; unseen has an image for one of the ranks only."""
-    data = dataset(tmp_path / "d", n=5)
-    for path in data.glob("unseen/*/00[1-4].png"):
-        path.unlink()
-    flags = ["--data", data, "--task", "panoptic", "--size", 32, "--steps", 2, "--device", "cpu", "--out", tmp_path / "o"]
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29581",
-                          str(REPO / "train.py"), *map(str, flags)], cwd=tmp_path, capture_output=True, text=True,
-                         env=dict(os.environ, OMP_NUM_THREADS="1"), timeout=300)
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = json.loads((tmp_path / "o/metrics.json").read_text())
-    real = T.Pairs(data / "train")
-    cfg = T.settings(T.flags().parse_args([str(f) for f in flags]), real, [], 1)
-    model = m2f.load(tmp_path / "o", "panoptic")
-    for split, images in (("val", 5), ("unseen", 1)):
-        one = T.evaluate(model, T.Pairs(data / split), cfg, CPU)
-        assert one["images"] == images and one["mIoU"] > 0 and set(one) == set(found[split])
-        assert all(np.isclose(found[split][k], v, atol=0.05, equal_nan=True) for k, v in one.items()), (found[split], one)
-
-
-# ------------------------------------------------------------------------------------------------- data and loop
-
-def test_replacement_rate_and_determinism(tmp_path):
-    real, synth = (T.Pairs(folder(tmp_path / str(k), seed=k, n=4)) for k in (0, 1))
-    batches = T.Batches(real, [synth], config(batch=8, steps=100))
-    torch.manual_seed(0)
-    drawn = [batches.draw(n, i)[0] for n in range(250) for i in range(8)]
-    assert abs(np.mean([p is synth for p in drawn]) - 0.6) < 0.04
-    a, b = batches[3], T.Batches(real, [synth], config(batch=8, steps=100))[3]
-    assert torch.equal(a[0], b[0]) and all(torch.equal(s["masks"], t["masks"]) for s, t in zip(a[1], b[1]))
-    assert not torch.equal(a[0], batches[4][0])
-    pre = T.Batches(real, [synth], config(steps=10, pretrain=True))
-    assert [pre.draw(n, 0)[0] is synth for n in range(10)] == [True] * 5 + [False] * 5
-    order = [T.Batches(real, [], config(batch=4)).draw(n, i)[1] for n in range(2) for i in range(4)]
-    assert sorted(order[:4]) == sorted(order[4:]) == [0, 1, 2, 3]     # each pass sees every real pair once
-
-
-@pytest.mark.parametrize("recipe", ["tiny", "ade20k", "coco"])
-def test_image_and_mask_are_augmented_together(tmp_path, recipe):
-    from torchvision import tv_tensors
-    rng = np.random.default_rng(0)
-    _, ids, inst = scene(rng, 48)
-    image = torch.from_numpy(np.repeat(ids[None] * 40, 3, 0))         # the image tells the class of each pixel
-    torch.manual_seed(0)
-    for _ in range(5):
-        change = T.augmentation(recipe, 64, 32)
-        change = type(change)([t for t in change.transforms if "Color" not in repr(t) and "Photo" not in repr(t)])
-        got, labels = change(tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(np.stack([ids, inst]))))
-        assert got.shape == (3, 64, 32) and labels.shape == (2, 64, 32)
-        inside = labels[0] > 0
-        assert (got[0][~inside] == 128).float().mean() > 0.6 or not (~inside).any()
-        near = (got[0].float() / 40).round().long() == labels[0].long()
-        assert near[inside].float().mean() > 0.75                     # all but blended borders
-        assert set(labels.unique().tolist()) <= set(range(5))
-
-
-def test_colours_are_jittered_and_never_swapped():
-    from torchvision import tv_tensors
-    image, seen = torch.tensor([200, 40, 40], dtype=torch.uint8)[:, None, None].expand(3, 64, 64), set()
-    torch.manual_seed(0)
-    for _ in range(20):
-        got, labels = T.augmentation("ade20k", 64, 64)(tv_tensors.Image(image), tv_tensors.Mask(torch.ones(2, 64, 64)))
-        colour = got[:, labels[0] > 0].float().mean(1)
-        assert colour.argmax() == 0
-        seen.add(tuple(colour.round().tolist()))
-    assert len(seen) > 10
-
-
-@pytest.mark.parametrize("recipe", ["tiny", "ade20k", "coco"])
-@pytest.mark.parametrize("size", [(1, 3000), (3000, 1)])
-def test_thin_images_keep_a_pixel(recipe, size):
-    from torchvision import tv_tensors
-    torch.manual_seed(0)
-    for _ in range(5):
-        got, labels = T.augmentation(recipe, 64, 64)(tv_tensors.Image(torch.zeros(3, *size, dtype=torch.uint8)),
-                                                     tv_tensors.Mask(torch.ones(2, *size, dtype=torch.uint8)))
-        assert got.shape == (3, 64, 64) and labels.shape == (2, 64, 64)
-
-
-def test_jitter_is_relative_to_the_crop():
-    jitter = T.augmentation("coco", 64, 32).transforms[1]
-    jitter.scale_range = 1.0, 1.0
-    assert jitter(torch.zeros(3, 200, 100)).shape == (3, 64, 32)
-
-
-def test_size_and_batch_of_the_recipes(tmp_path):
-    real = T.Pairs(folder(tmp_path / "p", n=2, size=40))
-    for flags, world, wanted in (
-            ("", 1, ([48, 48], 0, 0, 8)), ("--size 64x48", 1, ([48, 64], 48, 192, 8)),
-            ("--recipe ade20k", 1, ([512, 512], 512, 2048, 16)), ("--recipe ade20k --size 640", 8, ([640, 640], 640, 2560, 2)),
-            ("--recipe coco --size 512 --accumulate 4", 2, ([512, 512], 800, 1333, 2)),
-            ("--recipe coco --accumulate 4", 16, ([1024, 1024], 800, 1333, 1)), ("--batch 3 --accumulate 2", 4, ([48, 48], 0, 0, 3))):
-        cfg = T.settings(T.flags().parse_args(flags.split()), real, [], world)
-        assert tuple(cfg[k] for k in ("size", "short", "longest", "batch")) == wanted, flags
-
-
-def test_optimiser_and_schedules_are_the_originals():
-    """Decay 0.05 but on norms, embeddings and Swin's bias tables; the backbone at a tenth; the rates of its YAML files."""
-    model = m2f.Mask2Former(3, "swin_t", queries=4, encoder_layers=1, decoder_layers=1)
-    groups = T.optimiser_of(model, 1e-4).param_groups
-    found = {id(p): (g["weight_decay"], g["scale"]) for g in groups for p in g["params"]}
-    found = {name: found[id(p)] for name, p in model.named_parameters()}
-    still = "decoder.queries decoder.places decoder.level".split()
-    for name, (decay, scale) in found.items():
-        norm = re.search(r"norm|inputs\.\d\.1|lateral\.1|smooth\.1|features\.0\.2", name) or "bias_table" in name
-        assert decay == (0 if norm or name in still else 0.05), name
-        assert scale == (0.1 if name.startswith("backbone.") else 1.0), name
-    assert found["pixel_decoder.level"] == (0.05, 1.0) and found["decoder.classes.bias"] == (0.05, 1.0)
-    assert all(g["lr"] == 1e-4 and g["betas"] == (0.9, 0.999) for g in groups)
-    coco, ade = (lambda step, r=T.RECIPES[name]: T.rate(r["schedule"], step, r["steps"], r["warmup"]) for name in ("coco", "ade20k"))
-    assert [coco(n) for n in (0, 327_777, 327_778, 355_091, 355_092, 368_749)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
-    assert [ade(n) for n in (0, 80_000, 159_999)] == pytest.approx([1, 0.5 ** 0.9, (1 / 160_000) ** 0.9])
-    assert all(T.RECIPES[name]["clip"] == 0.01 and T.RECIPES[name]["batch"] == 16 for name in ("coco", "ade20k"))
-
-
-def test_accumulation_equals_one_batch(monkeypatch):
-    """Mask and dice gradients, on the same points; the class loss is a mean over what the call sees, so it is left out."""
-    torch.manual_seed(0)
-    model = m2f.Mask2Former(3, **TOY)
-    model.loss.weights["class"] = 0.0
-    monkeypatch.setattr(torch, "rand", same_points)
-    images, truth = (torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 255).byte(), []
-    for i, task in enumerate(("semantic", "panoptic", "instance")):
-        _, ids, parts = toy_scene(i)
-        truth.append(m2f.targets(ids, parts, [False, True, True], task))
-    assert len({len(t["labels"]) for t in truth}) > 1                 # micro-batches of unequally many masks
-    losses, grads = [], []
-    for batches in ([(images, truth)], [(images[i:i + 1], truth[i:i + 1]) for i in range(3)]):
-        model.zero_grad()
-        losses.append(T.step_loss(model, model, batches, config(), CPU, 0, 0))
-        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert (grads[0] - grads[1]).norm() < 1e-3 * grads[0].norm()
-
-
-def test_reads_grey_rgba_palette_and_jpg(tmp_path):
-    root = folder(tmp_path / "p", n=4)
-    for i, mode in enumerate(("L", "RGBA", "P")):
-        path = root / f"images/{i:03d}.png"
-        Image.open(path).convert(mode).save(path)
-    known = np.asarray(Image.open(root / "masks/000.png")).copy()
-    Image.fromarray(known.astype(np.uint16)).save(root / "masks/000.png")
-    assert torch.equal(T.Pairs(root)[0][1][0], torch.from_numpy(known))
-    Image.fromarray(known.astype(np.uint16) + 300).save(root / "masks/000.png")
-    with pytest.raises(T.BadInput, match="looked for ids of 0 to 255, found 30"):
-        T.Pairs(root)[0]
-    Image.fromarray(known).save(root / "masks/000.png")
-    Image.open(root / "images/003.png").save(root / "images/003.jpg")
-    (root / "images/003.png").unlink()
-    assert all(T.Pairs(root)[i][0].shape == (3, 32, 32) for i in range(4))
-
-
-def test_resume_equals_no_stop(tmp_path):
-    data = dataset(tmp_path / "d")
-    real, synth = T.Pairs(data / "train"), T.Pairs(data / "unseen")
-    cfg = config(steps=5, accumulate=2)
-    T.RECIPES["tiny"]["save_every"], before = 2, T.RECIPES["tiny"]["save_every"]
-    write = T.save_state
-    try:
-        T.train(T.build(cfg, real.classes, None), T.Batches(real, [synth], cfg), tmp_path / "a", cfg, CPU)
-
-        def stop_at_three(out, model, optimiser, step, cfg):
-            write(out, model, optimiser, step, cfg)
-            if step == 2:
-                raise KeyboardInterrupt
-        T.save_state = stop_at_three
-        with pytest.raises(KeyboardInterrupt):
-            T.train(T.build(cfg, real.classes, None), T.Batches(real, [synth], cfg), tmp_path / "b", cfg, CPU)
-        T.save_state = write
-        T.train(T.build(cfg, real.classes, None), T.Batches(real, [synth], cfg), tmp_path / "b", cfg, CPU)
-    finally:
-        T.save_state, T.RECIPES["tiny"]["save_every"] = write, before
-    a, b = ((tmp_path / run / "model.safetensors").read_bytes() for run in "ab")
-    assert a == b
-    steps = [json.loads(line)["step"] for line in (tmp_path / "b/log.jsonl").read_text().splitlines()]
-    assert steps == [2, 4, 5]
-    with pytest.raises(T.BadInput, match="steps 5 then, 6 now"):
-        T.resume(tmp_path / "b", T.build(cfg, real.classes, None), None, dict(cfg, steps=6))
-    (tmp_path / "b/state.pt").write_bytes((tmp_path / "b/state.pt").read_bytes()[:1000])
-    with pytest.raises(T.BadInput, match="delete it"):
-        T.resume(tmp_path / "b", T.build(cfg, real.classes, None), None, cfg)
-
-
-def test_all_void_mask_trains(tmp_path):
-    root = folder(tmp_path / "p", n=2)
-    for path in (root / "masks").iterdir():
-        Image.fromarray(np.zeros((32, 32), np.uint8)).save(path)
-    pairs, before = T.Pairs(root), None
-    for task in T.SCORE:
-        cfg = config(steps=2, task=task)
-        model = T.train(T.build(cfg, pairs.classes, None), T.Batches(pairs, [], cfg), tmp_path / task, cfg, CPU)
-        assert all(torch.isfinite(p).all() for p in model.parameters())
-        assert T.evaluate(model, pairs, cfg, CPU)["images"] == 2
-
-
-def test_nan_loss_stops_and_keeps_the_last_good_state(tmp_path):
-    pairs = T.Pairs(folder(tmp_path / "p"))
-    cfg = config(steps=4)
-    T.RECIPES["tiny"]["save_every"], before = 1, T.RECIPES["tiny"]["save_every"]
-    model = T.build(cfg, pairs.classes, None)
-    write = T.save_state
-
-    def spoil(out, model, optimiser, step, cfg):
-        write(out, model, optimiser, step, cfg)
-        if step == 2:
-            with torch.no_grad():
-                model.decoder.classes.weight.fill_(float("nan"))
-    T.save_state = spoil
-    try:
-        with pytest.raises(T.BadInput, match="at step 3"):
-            T.train(model, T.Batches(pairs, [], cfg), tmp_path / "o", cfg, CPU)
-    finally:
-        T.save_state, T.RECIPES["tiny"]["save_every"] = write, before
-    state = torch.load(tmp_path / "o/state.pt", weights_only=True)
-    assert state["step"] == 2 and all(torch.isfinite(t).all() for t in state["model"].values())
-
-
-def test_sigkill_and_rerun_gives_the_same_bytes(tmp_path):
-    data = dataset(tmp_path / "d")
-    flags = ["--data", data, "--steps", 130, "--batch", 1, "--device", "cpu"]
-    assert command(*flags, "--out", tmp_path / "a", cwd=tmp_path).returncode == 0
-    run = subprocess.Popen([sys.executable, str(REPO / "train.py"), *map(str, flags), "--out", str(tmp_path / "b")],
-                           cwd=tmp_path, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL)
-    while not (tmp_path / "b/state.pt").exists() and run.poll() is None:
-        time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    assert not (tmp_path / "b/metrics.json").exists()
-    again = command(*flags, "--out", tmp_path / "b", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
-    assert Image.open(tmp_path / "b/samples.png").width > 300
-
-
-@pytest.mark.parametrize("task", ["semantic", "panoptic", "instance"])
-def test_trained_on_eight_it_knows_them(tmp_path, task):
-    """The whole loop learns: a few steps on 8 scenes beat the untrained network by far."""
-    pairs = T.Pairs(folder(tmp_path / "p", n=8))
-    cfg = config(steps=60, batch=4, task=task, lr=1e-3)
-    torch.set_num_threads(2)
-    model = T.build(cfg, pairs.classes, None)
-    before = T.evaluate(model, pairs, cfg, CPU)
-    T.train(model, T.Batches(pairs, [], cfg), tmp_path / "o", cfg, CPU)
-    after = T.evaluate(model, pairs, cfg, CPU)
-    lines = [json.loads(line)["loss"] for line in (tmp_path / "o/log.jsonl").read_text().splitlines()]
-    assert lines[-1] < 0.9 * lines[0]
-    if task == "semantic":
-        assert after["mIoU"] > before["mIoU"] + 20
-
-
-def test_compare_writes_a_table_goes_on_and_shares_arms(tmp_path):
-    data = dataset(tmp_path / "d", n=8)
-    folder(tmp_path / "masksyn", seed=7), folder(tmp_path / "imgsyn", seed=8)
-    flags = ["--data", data, "--compare", "--synth", tmp_path / "masksyn", tmp_path / "imgsyn", "--limit-real", 4, "--steps", 2,
-             "--batch", 2, "--seeds", 0, 1, "--out", tmp_path / "c"]
-    first = command(*flags, "--protocol", "same 100", cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    table = json.loads((tmp_path / "c/same 100.json").read_text())
-    assert list(table["arms"]) == ["real only", "+ MaskSyn", "+ ImgSyn", "+ both", "oracle"]
-    gain = table["arms"]["+ both"]["val"]["gain"]["1"]
-    runs = table["runs"]
-    assert np.isclose(gain, runs["+ both"]["1"]["val"]["mIoU"] - runs["real only"]["1"]["val"]["mIoU"])
-    assert "| oracle |" in (tmp_path / "c/same 100.md").read_text() and (tmp_path / "c/same 100.png").exists()
-    assert len(list((tmp_path / "c/runs").iterdir())) == 10
-    folder(tmp_path / "imgsyn", seed=9, n=5)                          # other pairs: only their arms are trained anew
-    assert command(*flags, "--protocol", "other", cwd=tmp_path).returncode == 0
-    assert len(list((tmp_path / "c/runs").iterdir())) == 14
-
-
-def test_eval_only_on_another_folder(tmp_path):
-    data = dataset(tmp_path / "d")
-    assert command("--data", data, "--steps", 1, "--batch", 1, "--out", tmp_path / "o", cwd=tmp_path).returncode == 0
-    done = command("--data", data, "--eval-only", "--out", tmp_path / "o", "--eval-pairs", data / "val", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "mIoU is 1.000 of val's" in done.stdout
-    flags = ["--data", data, "--eval-only", "--out", tmp_path / "o", "--splits", "val", "--predictions", tmp_path / "p"]
-    assert command(*flags, cwd=tmp_path).returncode == 0
-    before = bytes_of(tmp_path / "p")
-    for more, words in (((), "p/val: is there already"), (("--eval-pairs", data / "val"), "sets of different names")):
-        done = command(*flags, *more, cwd=tmp_path)
-        assert done.returncode != 0 and words in done.stderr and bytes_of(tmp_path / "p") == before, done.stderr
-
-
-# --------------------------------------------------------------------------------------------------- bad input
-
-def spoil(kind, root):
-    train = root / "train"
-    small, masks = np.zeros((8, 8), np.uint8), train / "masks/001.png"
-    if kind == "no mask":
-        masks.unlink()
-    elif kind == "no image":
-        (train / "images/001.png").unlink()
-    elif kind == "size":
-        Image.fromarray(small).save(masks)
-    elif kind == "truncated":
-        path = train / "images/001.png"
-        path.write_bytes(path.read_bytes()[:200])
-    elif kind == "no picture":
-        (train / "images/001.png").write_text("not a picture")
-    elif kind == "ids":
-        Image.fromarray(np.full((32, 32), 5, np.uint8)).save(masks)
-    elif kind == "rgb":
-        Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(masks)
-    elif kind == "empty":
-        for path in (*(train / "images").iterdir(), *(train / "masks").iterdir()):
-            path.unlink()
-    elif kind == "classes":
-        (train / "classes.json").write_text(json.dumps([dict(name=str(i), isthing=False) for i in range(215)]))
-    elif kind == "json":
-        (train / "classes.json").write_text('{"sky": 1}')
-    elif kind == "no classes":
-        (train / "classes.json").unlink()
-    elif kind == "instances":
-        (train / "instances/001.png").unlink()
-
-
-@pytest.mark.parametrize("kind,words", [
-    ("no mask", "masks"), ("no image", "images"), ("size", "same size"), ("truncated", "001.png"), ("ids", "class id 5"),
-    ("no picture", "readable"), ("rgb", "RGB"), ("empty", "looked for pairs"), ("classes", "215 classes"),
-    ("json", "classes.json"), ("no classes", "classes.json"), ("instances", "instances")])
-def test_bad_data_is_told_in_one_line(tmp_path, kind, words):
-    root = dataset(tmp_path)
-    spoil(kind, root)
-    with pytest.raises(T.BadInput, match=words) as caught:
-        T.go(T.flags().parse_args(["--data", str(root), "--steps", "1", "--out", str(tmp_path / "o")]))
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "o").exists()
-
-
-def test_bad_commands_end_in_one_line(tmp_path):
-    data = dataset(tmp_path / "d")
-    other = dataset(tmp_path / "other", classes=CLASSES[:3] + [dict(CLASSES[3], name="cup")])
-    (tmp_path / "fake.safetensors").write_bytes(b"\x80\x04nothing")
-    cases = [(["--data", tmp_path / "gone"], "looked for a data set"), (["--data", data, "--steps", "-3"], "over zero"),
-             (["--data", data, "--synth", other / "train"], "first difference at id 4"),
-             (["--data", data, "--device", "cuda"], "CUDA"), (["--data", data, "--p-synth", "1.5"], "from 0 to 1"),
-             (["--data", data, "--init", tmp_path / "fake.safetensors"], "fake"),
-             (["--data", data, "--eval-only", "--out", tmp_path / "none"], "train one first"),
-             (["--data", data, "--compare", "--arms", "masksyn"], "the arms are"),
-             (["--data", data, "--pretrain"], "--pretrain: looked for synthetic pairs")]
-    if torch.cuda.is_available():
-        cases = [c for c in cases if "cuda" not in c[0]]
-    for flags, words in cases:
-        done = command(*flags, cwd=tmp_path)
-        assert done.returncode != 0 and words in done.stderr, (flags, done.stderr)
-        assert "Traceback" not in done.stderr, flags
-
-
-@pytest.mark.parametrize("given, words", [
-    ("--arms real", "--arms: looked for --compare"), ("--protocol x", "--protocol: looked for --compare"),
-    ("--compare --seed 1", "--seed: says nothing beside --compare"),
-    ("--pretrain --p-synth 0.5", "--p-synth: says nothing beside --pretrain"),
-    ("--eval-only --init x --new-head", "--new-head: says nothing beside --eval-only"),
-    ("--new-head", "--new-head: looked for --init"), ("--init x --preset swin_t", "--preset: says nothing beside --init"),
-    ("--eval-only --steps 7", "--steps: says nothing beside --eval-only"),
-    ("--predictions x", "--predictions: looked for --eval-only"),
-    ("--compare --protocol ../x", "looked for a name, found a path")])
-def test_flags_that_would_do_nothing_are_told(given, words):
-    with pytest.raises(T.BadInput, match=words):
-        T.check_flags(T.flags().parse_args(given.split()))
-
-
-def test_numbers_under_zero_end_in_one_line(capsys):
-    for flags in (["--seed", "-1"], ["--workers", "-1"], ["--seeds", "0", "-1"]):
-        with pytest.raises(SystemExit):
-            T.flags().parse_args(flags)
-        assert "0 or more" in capsys.readouterr().err
-
-
-def test_each_rank_takes_its_gpu_before_it_joins(monkeypatch):
-    calls = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: calls.append(backend))
-    for name, value in dict(RANK="7", LOCAL_RANK="3", WORLD_SIZE="8").items():
-        monkeypatch.setenv(name, value)
-    assert T.start("auto") == (torch.device("cuda:3"), 7, 8) and calls == ["cuda:3", "nccl"]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(SystemExit, match="looked for a GPU for rank 3 of this machine, found 2"):
-        T.start("auto")
-
-
-def test_what_is_missing_is_made_outside_the_process_group(tmp_path, monkeypatch):
-    (tmp_path / "make.py").write_text("import os\nos.mkdir('made')\nopen('made/seen', 'w').write(' '.join(os.environ))")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(T, "HERE", tmp_path)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PASSED_ON"):
-        monkeypatch.setenv(name, "1")
-    T.made(tmp_path / "made", "make.py")
-    seen = (tmp_path / "made/seen").read_text().split()
-    assert "PASSED_ON" in seen and not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & set(seen)
-    assert not list(tmp_path.glob(".*unfinished"))
-    (tmp_path / "make.py").write_text("import sys\nopen('made/images/' + sys.argv[1], 'w')")
-    (tmp_path / "made/images").mkdir()
-    for name, pairs in (("a.png", 0), ("b.png", 1), ("c.png", 1), ("d.png", 2)):                # a and c are not needed
-        T.made(tmp_path / "made", "make.py", name, pairs=pairs)
-    assert sorted(p.name for p in tmp_path.glob("made/images/*")) == ["b.png", "d.png"]
-
-
-def test_an_oracle_without_gain_has_no_share():
-    scores = {arm: {0: {"val": {"mIoU": value}}} for arm, value in (("real only", 50.0), ("+ MaskSyn", 51.0), ("oracle", 50.0))}
-    assert T.summary(scores, "+ MaskSyn", "val", "mIoU")["share"] is None
-    scores["oracle"][0]["val"]["mIoU"] = 54.0
-    assert T.summary(scores, "+ MaskSyn", "val", "mIoU")["share"] == 0.25
-
-
-def test_a_segmenter_of_things_alone_fits_a_folder_with_stuff(tmp_path):
-    things = [c for c in CLASSES if c["isthing"]]
-    T.save(T.build(config(task="instance"), things, None), str(tmp_path / "model.safetensors"))
-    old = m2f.load(tmp_path)
-    new, image = T.build(config(task="instance"), CLASSES, tmp_path).eval(), torch.rand(1, 3, 32, 32)
-    assert new.config["num_classes"] == 4
-    with torch.no_grad():
-        had, has = (model(image)[-1]["class_logits"].softmax(-1) for model in (old, new))
-    assert torch.allclose(had, has[..., 2:], atol=1e-6) and has[..., :2].max() == 0
-    with pytest.raises(T.BadInput, match="2 classes, the data has 4"):
-        T.build(config(task="panoptic"), CLASSES, tmp_path)
-
-
-def test_another_data_sets_checkpoint_is_refused(tmp_path):
-    cfg = config()
-    T.save(T.build(cfg, CLASSES, None), str(tmp_path / "model.safetensors"))
-    other = CLASSES[:3]
-    with pytest.raises(T.BadInput, match="trained for 4 classes, .* has 3; .* id 4, box there and none here; --new-head"):
-        T.build(cfg, other, tmp_path / "model.safetensors")
-    model = T.build(cfg, other, tmp_path / "model.safetensors", new_head=True)
-    assert model.config["class_names"] == ["sky", "grass", "ball"] and model.decoder.classes.out_features == 4
-    other = [dict(c, name=n) for c, n in zip(CLASSES, ("Sky", "grass, lawn", "ball", "b-o_x"))]
-    with pytest.raises(T.BadInput, match="id 4, box there and b o x here"):
-        T.build(cfg, other, tmp_path / "model.safetensors")
-    other[3]["name"] = "box"                                          # another release's spelling is the same class
-    model = T.build(cfg, other, tmp_path / "model.safetensors")
-    assert model.config["class_names"] == ["Sky", "grass, lawn", "ball", "box"]
-
-
-# ======================================== mask2former.py
-
-TOY = dict(m2f.PRESETS["tiny"], queries=12, points=256)
-
-
-def toy_scene(seed, size=64):
-    """An image of coloured rectangles and its class ids (3 classes, 0 void) and instances."""
-    rng = np.random.default_rng(seed)
-    ids, parts = np.ones((size, size), np.uint8), np.zeros((size, size), np.uint8)
-    for part in (1, 2, 3):
-        y, x = rng.integers(0, size - 20, 2)
-        k = int(rng.integers(2, 4))
-        ids[y:y + 18, x:x + 18], parts[y:y + 18, x:x + 18] = k, part
-    ids[:3] = 0
-    colour = np.array([[0, 0, 0], [90, 160, 240], [220, 60, 40], [40, 180, 60]]) / 255
-    image = colour[ids] + rng.normal(0, 0.03, (size, size, 3))
-    return torch.from_numpy(image).permute(2, 0, 1).float().clamp(0, 1), ids, parts
-
-
-# ---- assignment -----------------------------------------------------------------------------------------------------
-
-def test_hungarian_equals_brute_force():
-    """Problems of several heights side by side, ties among them."""
-    rng = np.random.default_rng(0)
-    for _ in range(150):
-        n = int(rng.integers(1, 6))
-        m, rows = int(rng.integers(n, 7)), rng.integers(0, n + 1, 10)
-        cost = rng.normal(size=(10, n, m)) if rng.random() < 0.5 else rng.integers(0, 4, (10, n, m)).astype(float)
-        for one, k, cols in zip(cost, rows, m2f.hungarian(cost, rows)):
-            assert len(set(cols[:k].tolist())) == k and (cols[:k] >= 0).all() and (cols[k:] == -1).all()
-            best = min(sum(one[i, j] for i, j in enumerate(p)) for p in itertools.permutations(range(m), int(k)))
-            assert abs(one[np.arange(k), cols[:k]].sum() - best) < 1e-9
-
-
-def test_hungarian_equals_scipy():
-    scipy = pytest.importorskip("scipy.optimize")
-    rng = np.random.default_rng(1)
-    for i in range(300):
-        n = int(rng.integers(0, 40))
-        m = int(rng.integers(n, 60))
-        cost = rng.normal(size=(10, n, m)) * 10 if i % 3 else rng.integers(0, 6, (10, n, m)).astype(float)
-        if i % 7 == 0 and n:
-            cost = cost[:, :1] + rng.normal(size=(10, n, m)) * 1e-3                         # everyone wants the same column
-        for one, cols in zip(cost, m2f.hungarian(cost)):
-            a, b = scipy.linear_sum_assignment(one)
-            assert len(set(cols.tolist())) == n and abs(one[np.arange(n), cols].sum() - one[a, b].sum()) < 1e-7
-
-
-def test_hungarian_refuses_nan():
-    for bad in (np.nan, np.inf, -np.inf):
-        with pytest.raises(ValueError, match="finite"):
-            m2f.hungarian(np.array([[[1.0, bad]]]))
-    with pytest.raises(ValueError, match="3 rows for 2 columns"):
-        m2f.hungarian(np.zeros((1, 3, 2)))
-
-
-# ---- layers ---------------------------------------------------------------------------------------------------------
-
-def test_deformable_attention_equals_slow_loop():
-    torch.manual_seed(0)
-    D, heads, sizes = 8, 2, [(2, 3), (4, 5), (7, 9)]
-    layer = m2f.DeformableAttention(D, heads)
-    for p in layer.parameters():
-        torch.nn.init.normal_(p, std=0.7)
-    N = sum(h * w for h, w in sizes)
-    x, code, places = torch.randn(1, N, D), torch.randn(1, N, D), torch.rand(N, 2)
-    fast = layer(x, code, places, sizes)[0]
-    q, value = (x + code)[0], layer.value(x)[0].view(N, heads, D // heads)
-    offsets = layer.offsets(q).view(N, heads, 3, 4, 2)
-    weights = layer.weights(q).view(N, heads, 12).softmax(-1).view(N, heads, 3, 4)
-    slow = torch.zeros(N, heads, D // heads)
-    for n, head, level, p in itertools.product(range(N), range(heads), range(3), range(4)):
-        h, w = sizes[level]
-        start = sum(a * b for a, b in sizes[:level])
-        px = float(places[n, 0] * w - 0.5 + offsets[n, head, level, p, 0])
-        py = float(places[n, 1] * h - 0.5 + offsets[n, head, level, p, 1])
-        for iy, ix in itertools.product((math.floor(py), math.floor(py) + 1), (math.floor(px), math.floor(px) + 1)):
-            if 0 <= iy < h and 0 <= ix < w:
-                part = (1 - abs(py - iy)) * (1 - abs(px - ix))
-                slow[n, head] += weights[n, head, level, p] * part * value[start + iy * w + ix, head]
-    assert torch.allclose(fast, layer.out(slow.flatten(1)), atol=1e-4)
-
-
-def test_big_maps_are_read_again_in_the_backward_pass(monkeypatch):
-    torch.manual_seed(0)
-    layer, sizes, calls, grads = m2f.DeformableAttention(32, 1), [(10, 10), (40, 40), (180, 180)], [], []
-    x, places = torch.randn(1, sum(h * w for h, w in sizes), 32), torch.rand(sum(h * w for h, w in sizes), 2)
-    again = m2f.checkpoint
-    for function in (lambda *a, **k: calls.append(1) or again(*a, **k), lambda read, *a, **k: read(*a)):
-        monkeypatch.setattr(m2f, "checkpoint", function)
-        layer(x, x.flip(1), places, sizes).pow(2).sum().backward()
-        grads.append([p.grad.clone() for p in layer.parameters()])
-        layer.zero_grad()
-    assert len(calls) == 3 and all(torch.equal(a, b) for a, b in zip(*grads))
-
-
-def test_strips_equal_interpolate():
-    masks = torch.randn(3, 17, 13)
-    for size in ((68, 52), (40, 31), (1, 7), (300, 5)):
-        want = F.interpolate(masks[None], size, mode="bilinear", align_corners=False)[0]
-        got = torch.cat([band for _, band in m2f.strips(masks, size)], 1)
-        assert torch.allclose(got, want, atol=1e-5)
-    want = F.interpolate(masks[None], (68, 52), mode="bilinear", align_corners=False)[0][:, :61, :50]
-    got = torch.cat([band for _, band in m2f.strips(masks, (61, 50), (61 / 68, 50 / 52))], 1)
-    assert torch.allclose(got, want, atol=1e-5)
-
-
-def test_batched_equals_single():
-    torch.manual_seed(0)
-    model, x = m2f.Mask2Former(3, **TOY).eval(), torch.rand(3, 3, 48, 64)
-    both, single = model(x), model(x[1:2])
-    assert len(both) == TOY["decoder_layers"] + 1
-    for a, b in zip(both, single):
-        assert torch.allclose(a["class_logits"][1:2], b["class_logits"], atol=1e-4)
-        assert torch.allclose(a["mask_logits"][1:2], b["mask_logits"], atol=1e-3)
-    assert both[-1]["mask_logits"].shape == (3, 12, 24, 32) and both[-1]["class_logits"].shape == (3, 12, 4)
-
-
-# ---- targets and loss -----------------------------------------------------------------------------------------------
-
-def test_targets_of_the_three_tasks():
-    ids = np.array([[0, 1, 1, 2], [2, 2, 2, 3]])
-    parts = np.array([[9, 5, 6, 1], [2, 2, 255, 1]])
-    isthing = [False, True, True]
-    t = m2f.targets(ids, parts, isthing, "semantic")
-    assert t["labels"].tolist() == [0, 1, 2] and t["masks"].sum((1, 2)).tolist() == [2, 4, 1]
-    t = m2f.targets(ids, parts, isthing, "panoptic")
-    assert t["labels"].tolist() == [0, 1, 1, 2] and t["masks"].sum((1, 2)).tolist() == [2, 1, 2, 1]
-    t = m2f.targets(ids, parts, isthing, "instance")
-    assert t["labels"].tolist() == [1, 1, 2] and t["masks"].dtype == torch.bool
-    empty = m2f.targets(np.zeros((4, 4)), None, isthing, "panoptic")
-    assert empty["labels"].shape == (0,) and empty["masks"].shape == (0, 4, 4)
-    with pytest.raises(ValueError, match="class id 9"):
-        m2f.targets(np.full((2, 2), 9), None, isthing, "panoptic")
-
-
-def test_overfits_two_images():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    scenes = [toy_scene(i) for i in range(2)]
-    x = torch.stack([s[0] for s in scenes])
-    isthing = [False, True, True]
-    truth = [m2f.targets(ids, parts, isthing, "panoptic") for _, ids, parts in scenes]
-    model = m2f.Mask2Former(3, isthing=isthing, **TOY)
-    optimiser = torch.optim.AdamW(model.parameters(), 1e-3)
-    first = None
-    for _ in range(120):
-        loss, parts = model.loss(model(x), truth)
-        first = first or loss.item()
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-    assert loss.item() < first / 5 and abs(sum(parts.values()) - loss) < 1e-3
-    seen = right = 0
-    for image, ids, parts in scenes:
-        guess = m2f.predict(model, image, "semantic").numpy() + 1
-        seen, right = seen + (ids > 0).sum(), right + ((guess == ids) & (ids > 0)).sum()
-    assert right / seen > 0.9
-
-
-def test_targets_without_masks_and_with_too_many():
-    torch.manual_seed(0)
-    model, x = m2f.Mask2Former(3, **dict(TOY, queries=4)), torch.rand(2, 3, 32, 32)
-    none = {"labels": torch.zeros(0, dtype=torch.long), "masks": torch.zeros(0, 32, 32, dtype=torch.bool)}
-    empty = {"labels": torch.tensor([0, 2]), "masks": torch.zeros(2, 32, 32, dtype=torch.bool)}
-    many = {"labels": torch.randint(0, 3, (9,)), "masks": torch.rand(9, 32, 32) > 0.7}
-    dot = {"labels": torch.tensor([1]), "masks": torch.zeros(1, 32, 32)}                # a ghost: no pixel of its own
-    for truth in ([none, none], [none, many], [many, dot], [dot, none], [empty, dot]):
-        loss, parts = model.loss(model(x), truth)
-        model.zero_grad()
-        loss.backward()
-        assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-    loss, parts = model.loss(model(x), [none, none])
-    assert parts["mask"] == 0 and parts["dice"] == 0 and parts["class"] > 0
-
-
-def test_of_too_many_targets_the_costliest_are_left_out(monkeypatch):
-    """4 queries, 9 targets: the assignment is the cheapest of all, and the loss that of its 4 targets alone."""
-    torch.manual_seed(0)
-    model, out = m2f.Mask2Former(3, **dict(TOY, queries=4)), []
-    truth = {"labels": torch.randint(0, 3, (9,)), "masks": torch.rand(9, 32, 32) > 0.7}
-    monkeypatch.setattr(torch, "rand", same_points)
-    outputs = model(torch.zeros(1, 3, 32, 32).normal_())[-1:]
-    costs, match = model.loss.costs, model.loss.match
-    monkeypatch.setattr(model.loss, "costs", lambda *a: out.append(costs(*a)) or out[-1])
-    monkeypatch.setattr(model.loss, "match", lambda *a: out.append(match(*a)) or out[-1])
-    _, both = model.loss(outputs, [truth], num_masks=9)
-    cost, query = out[0][0].detach().numpy(), out[1][0].numpy()                         # (Q, N), (N,)
-    kept = np.flatnonzero(query >= 0)
-    assert sorted(query[kept]) == [0, 1, 2, 3]
-    best = min(cost[range(4), list(p)].sum() for p in itertools.permutations(range(9), 4))
-    assert cost[query[kept], kept].sum() == pytest.approx(best, rel=1e-5)
-    _, alone = model.loss(outputs, [{k: v[kept] for k, v in truth.items()}], num_masks=9)
-    assert all(both[k] > 0 and torch.allclose(both[k], alone[k]) for k in both)
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e6])
-def test_an_image_with_few_targets_keeps_them_beside_one_with_too_many(scale):
-    torch.manual_seed(0)
-    model = m2f.Mask2Former(3, **dict(TOY, queries=2))
-    L, embed = 4, scale * torch.randn(4, 2, 2, 64)
-    masks = [torch.rand(n, 16, 16) > 0.5 for n in (3, 1)]
-    query = model.loss.match(torch.randn(L, 2, 2, 4), embed, torch.randn(2, 64, 16, 16),
-                             [torch.zeros(n, dtype=torch.long) for n in (3, 1)], [m.float() for m in masks], [None] * 2)
-    assert query.shape == (L, 4) and (query[:, 3] >= 0).all()
-    assert all(sorted(row.tolist()) == [-1, 0, 1] for row in query[:, :3])
-
-
-def test_valid_leaves_void_out_of_the_mask_losses():
-    torch.manual_seed(0)
-    model, x = m2f.Mask2Former(2, **TOY), torch.rand(1, 3, 32, 32)
-    outputs, mask = model(x), torch.zeros(1, 32, 32, dtype=torch.bool)
-    mask[:, :16, :16] = True
-    valid = torch.zeros(32, 32, dtype=torch.bool)
-    valid[:16] = True
-    flipped = mask.clone()
-    flipped[:, 20:] = True                                                              # differs only where invalid
-    losses = []
-    for m in (mask, flipped):
-        torch.manual_seed(1)
-        losses.append(model.loss(outputs, [{"labels": torch.tensor([0]), "masks": m, "valid": valid}])[1])
-    assert torch.allclose(losses[0]["mask"], losses[1]["mask"]) and torch.allclose(losses[0]["dice"], losses[1]["dice"])
-
-
-def test_valid_of_some_images_counts_for_those():
-    """The first image has no segment; without `valid` it counts as valid everywhere."""
-    torch.manual_seed(0)
-    model, x = m2f.Mask2Former(2, **TOY), torch.rand(2, 3, 32, 32)
-    none = {"labels": torch.zeros(0, dtype=torch.long), "masks": torch.zeros(0, 32, 32, dtype=torch.bool)}
-    mask = torch.zeros(1, 32, 32, dtype=torch.bool)
-    mask[:, :16] = True
-    valid = {"valid": torch.ones(32, 32, dtype=torch.bool)}
-    one, losses, outputs = {"labels": torch.tensor([0]), "masks": mask} | valid, [], model(x)
-    for more in ({}, valid):
-        torch.manual_seed(1)
-        losses.append(model.loss(outputs, [none | more, one])[0])
-    assert torch.equal(*losses)
-
-
-def test_frozen_norms_keep_the_precision_they_are_given():
-    norms = [m for m in m2f.ResNet("resnet50").modules() if isinstance(m, m2f.FrozenBatchNorm2d)]
-    assert len(norms) == 53 and all(n(torch.ones(1, n.weight.numel(), 2, 2).bfloat16()).dtype == torch.bfloat16 for n in norms)
-
-
-def test_nan_outputs_are_told():
-    model, x = m2f.Mask2Former(3, **TOY), torch.rand(1, 3, 32, 32)
-    outputs = model(x)
-    outputs[0]["class_logits"] = outputs[0]["class_logits"] * float("nan")
-    with pytest.raises(ValueError, match="finite"):
-        model.loss(outputs, [m2f.targets(np.ones((32, 32)))])
-
-
-# ---- inference ------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 70), (33, 1), (47, 61)])
-def test_any_image_size(size):
-    torch.manual_seed(0)
-    model = m2f.Mask2Former(3, isthing=[False, True, True], **TOY)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
-    assert m2f.predict(model, image, "semantic").shape == size
-    assert m2f.predict(model, image, "panoptic")[0].shape == size
-    assert all(s["mask"].shape == size for s in m2f.predict(model, image, "instance"))
-    assert m2f.predict(model, image, "semantic", window=24, scales=(0.5, 1.0), flip=True).shape == size
-    assert m2f.predict(model, image, "semantic", short=40).shape == size
-
-
-def test_a_thin_image_does_not_grow_without_end():
-    assert m2f.resized(torch.zeros(3, 1, 2000), 800).shape == (3, 2, 3200)
-    assert m2f.resized(torch.zeros(3, 2000, 1), 800, 0.5).shape == (3, 1600, 1)
-    assert m2f.resized(torch.zeros(3, 100, 400), 50, 1.5).shape == (3, 75, 300)
-
-
-def test_flip_and_window_agree_with_plain():
-    torch.manual_seed(0)
-    model = m2f.Mask2Former(3, **TOY).eval()
-    image = torch.rand(3, 48, 48)
-    plain = m2f.predict(model, image, "semantic")
-    assert torch.equal(plain, m2f.predict(model, image, "semantic", window=48))          # one window = the whole
-    both = m2f.predict(model, image, "semantic", flip=True)
-    assert torch.equal(both.flip(1), m2f.predict(model, image.flip(2), "semantic", flip=True))
-
-
-def slow_scores(model, image):
-    """(K, H, W) class scores of one image (3, H, W) whose sides are multiples of 16, query by query."""
-    with torch.no_grad():
-        pred = model(image[None])[-1]
-    total = 0
-    for logits, mask in zip(pred["class_logits"][0], pred["mask_logits"][0]):
-        mask = F.interpolate(mask[None, None], image.shape[1:], mode="bilinear", align_corners=False)[0]
-        total = total + logits.softmax(0)[:-1, None, None] * mask.sigmoid()
-    return total
-
-
-@pytest.mark.parametrize("window", [None, 32])
-def test_windows_scales_and_flips_equal_a_slow_loop(window):
-    torch.manual_seed(0)
-    model, (H, W) = m2f.Mask2Former(3, **TOY).eval(), (64, 96)
-    torch.nn.init.normal_(model.decoder.classes.weight, std=0.3)
-    with torch.no_grad():
-        model.decoder.masks[4].weight.mul_(30)                                          # classes that differ by place
-    image, total = F.interpolate(torch.rand(1, 3, 4, 6), (H, W), mode="bicubic")[0].clamp(0, 1), 0
-    starts = {32: [0], 48: [0, 16], 64: [0, 21, 32], 96: [0, 21, 42, 63, 64]}
-    for scale in (0.5, 1.0):
-        h, w = int(H * scale), int(W * scale)
-        copy = F.interpolate(image[None], (h, w), mode="bilinear", antialias=True)[0].clamp(0, 1) if scale < 1 else image
-        for mirror in (False, True):
-            seen = copy.flip(2) if mirror else copy
-            if window:
-                score, times = torch.zeros(3, h, w), torch.zeros(h, w)
-                for top, left in itertools.product(starts[h], starts[w]):
-                    score[:, top:top + 32, left:left + 32] += slow_scores(model, seen[:, top:top + 32, left:left + 32])
-                    times[top:top + 32, left:left + 32] += 1
-                score = F.interpolate((score / times)[None], (H, W), mode="bilinear", align_corners=False)[0]
-            else:
-                with torch.no_grad():
-                    pred = model(seen[None])[-1]
-                masks = F.interpolate(pred["mask_logits"], (H, W), mode="bilinear", align_corners=False)[0].sigmoid()
-                score = sum(k[:-1, None, None] * m for k, m in zip(pred["class_logits"][0].softmax(1), masks))
-            total = total + (score.flip(2) if mirror else score)
-    best = total.topk(2, dim=0).values
-    clear = best[0] - best[1] > 1e-4 * best[0]                                          # not a tie
-    ours = m2f.predict(model, image, "semantic", window=window, scales=(0.5, 1.0), flip=True)
-    assert clear.float().mean() > 0.95 and len(ours.unique()) > 1 and torch.equal(ours[clear], total.argmax(0)[clear])
-    with pytest.raises(ValueError, match="for semantic, not for panoptic"):
-        m2f.predict(model, image, "panoptic", window=window, flip=True)
-
-
-PEAK = """
-import resource, torch, mask2former as m2f
-torch.manual_seed(0)
-model = m2f.Mask2Former(20, **dict(m2f.PRESETS["tiny"], queries=200, encoder_layers=1, decoder_layers=1),
-                        isthing=[True] * 20)
-image = torch.rand(3, 2048, 2048)
-with torch.no_grad():
-    model.decoder.classes.weight.mul_(30)
-result = m2f.predict(model, image, "{task}", **{limits})
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
-"""
-
-
-@pytest.mark.parametrize("task, limits", [("semantic", {}), ("panoptic", {"object_threshold": 0.05}), ("instance", {})])
-@pytest.mark.skipif("SEGGEN_SLOW" not in os.environ, reason="SEGGEN_SLOW is not set: half a minute of a core each")
-def test_a_huge_image_takes_under_3_gb(task, limits):
-    """2048 x 2048 with 200 queries, whose masks are 1024 x 1024 in `tiny`: four times those of the big backbones."""
-    code = PEAK.replace("{task}", task).replace("{limits}", repr(limits))
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert 0.5 < float(done.stdout) < 3, done.stdout
-
-
-def confident(Q=20, K=6, size=96, seed=0):
-    """Saturated logits of overlapping boxes, as a trained network's are; classes 0-2 stuff, 3-5 things."""
-    g = torch.Generator().manual_seed(seed)
-    masks, logits = torch.full((Q, size, size), -12.0), torch.zeros(Q, K + 1)
-    for q in range(Q):
-        y, x, h, w = torch.randint(0, size - 40, (2,), generator=g).tolist() + torch.randint(12, 40, (2,), generator=g).tolist()
-        masks[q, y:y + h, x:x + w] = 12 + q * 0.1
-        logits[q, int(torch.randint(0, K + 1, (1,), generator=g))] = 5 + 5 * float(torch.rand(1, generator=g))
-    return {"class_logits": logits, "mask_logits": masks}
-
-
-def test_postprocessing_equals_transformers():
-    pytest.importorskip("transformers")
-    from transformers import Mask2FormerImageProcessor
-    processor, size, isthing = Mask2FormerImageProcessor(), (384, 384), [False] * 3 + [True] * 3
-    for seed in range(4):
-        pred = confident(seed=seed)
-        theirs_in = SimpleNamespace(class_queries_logits=pred["class_logits"][None], masks_queries_logits=pred["mask_logits"][None])
-        ours = m2f.semantic(pred, size)
-        theirs = processor.post_process_semantic_segmentation(theirs_in)[0]
-        assert torch.equal(ours, theirs)
-        segment_map, segments = m2f.panoptic(pred, size, isthing)
-        them = processor.post_process_panoptic_segmentation(theirs_in, threshold=0.8, label_ids_to_fuse={0, 1, 2})[0]
-        scores, labels = pred["class_logits"].softmax(-1).max(-1)
-        kept = (labels < 6) & (scores > 0.8)
-        probs = F.interpolate(pred["mask_logits"][kept][None], size, mode="bilinear")[0].sigmoid()
-        sure = probs.gather(0, (probs * scores[kept][:, None, None]).argmax(0)[None])[0] >= 0.5
-        theirs = them["segmentation"].long() * sure       # they also give away pixels whose winner's own mask says no
-        assert segments and torch.equal(segment_map > 0, theirs > 0)
-        same = (segment_map * 1000 + theirs).unique()                 # one segment of ours, one of theirs
-        same = {(int(s) // 1000, int(s) % 1000) for s in same if s}
-        kinds = {t["id"]: t["label_id"] for t in them["segments_info"]}
-        assert len(same) == len(segments) == len({a for a, _ in same}) == len({b for _, b in same})
-        assert {s["id"]: s["class"] for s in segments} == {a: kinds[b] for a, b in same}
-        ours = m2f.instance(pred, size, top=20)
-        them = processor.post_process_instance_segmentation(theirs_in, threshold=0.0, return_binary_maps=True)[0]
-        bits = lambda m: np.asarray(m).astype(bool).tobytes()  # noqa: E731
-        theirs = sorted((round(s["score"], 4), s["label_id"], bits(m)) for s, m in zip(them["segments_info"], them["segmentation"]))
-        assert sorted((round(s["score"], 4), s["class"], bits(s["mask"])) for s in ours) == theirs
-
-
-# ---- weights --------------------------------------------------------------------------------------------------------
-
-def test_save_and_load(tmp_path):
-    model = m2f.Mask2Former(3, isthing=[False, True, True], class_names=["a", "b", "c"], task="instance", **TOY)
-    m2f.save(model, tmp_path / "a" / "model.safetensors")
-    again = m2f.load(tmp_path / "a")
-    assert again.config == json.loads(json.dumps(model.config)) and not again.training
-    for (k, a), (j, b) in zip(model.state_dict().items(), again.state_dict().items()):
-        assert k == j and torch.equal(a, b)
-    half = m2f.Mask2Former(3, **TOY).half()
-    m2f.save(half, tmp_path / "half.safetensors")
-    assert all(p.dtype == torch.float32 for p in m2f.load(tmp_path / "half.safetensors").parameters())
-    assert not [f for f in os.listdir(tmp_path) if f.endswith(".part")]
-
-
-def test_bad_weights_end_in_one_line(tmp_path):
-    model = m2f.Mask2Former(3, **TOY)
-    whole = tmp_path / "model.safetensors"
-    m2f.save(model, whole)
-    (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:5000])
-    torch.save({"x": torch.zeros(1)}, tmp_path / "p.safetensors")
-    torch.save({"x": torch.zeros(1)}, tmp_path / "p.bin")
-    from safetensors.torch import load_file, save_file
-    tensors = load_file(whole)
-
-    def about(**changes):
-        return {"seggen": json.dumps({"format": "seggen-1", "class": "Mask2Former", "config": model.config, **changes})}
-    save_file({k: v for k, v in tensors.items() if k != "decoder.level"}, tmp_path / "missing.safetensors", about())
-    save_file(dict(tensors, more=torch.zeros(1)), tmp_path / "extra.safetensors", about())
-    save_file(tensors, tmp_path / "shape.safetensors", about(config=dict(model.config, num_classes=4)))
-    save_file(tensors, tmp_path / "other.safetensors", about(**{"class": "UNet"}))
-    save_file(tensors, tmp_path / "newer.safetensors", about(format="seggen-9"))
-    save_file(tensors, tmp_path / "argument.safetensors", about(config=dict(model.config, colour="red")))
-    save_file(tensors, tmp_path / "garbled.safetensors", {"seggen": "{"})
-    for key, value in dict(class_names=["a", "b"], isthing=[1, 0, 1], task="dance", points=0, heads=0).items():
-        save_file(tensors, tmp_path / f"{key}.safetensors", about(config={**model.config, key: value}))
-    ours = {"model_type": "mask2former"}
-    for name, about_it in (("bare", None), ("family", {"model_type": "maskformer"}), ("bodiless", ours), ("listed", []),
-                           ("headless", dict(ours, backbone_config={})), ("cut", "{"),
-                           ("odd", dict(ours, backbone_config={"depths": 3}))):
-        (tmp_path / name).mkdir()
-        save_file(tensors, tmp_path / name / "model.safetensors")
-        if about_it is not None:
-            (tmp_path / name / "config.json").write_text(about_it if about_it == "{" else json.dumps(about_it))
-    for name, words in {"nothing": "no such", "cut.safetensors": "not a whole", "p.safetensors": "pickle", "p.bin": "pickle",
-                        "missing.safetensors": "decoder.level", "extra.safetensors": "more", "shape.safetensors": "classes",
-                        "other.safetensors": "UNet", "bare": "config.json", "family": "'maskformer', not 'mask2former'",
-                        "headless": "class_predictor", "newer.safetensors": "found seggen-9", "cut": "config.json: looked for",
-                        "argument.safetensors": "colour", "garbled.safetensors": "that make none", "odd": "that make none",
-                        "class_names.safetensors": "class_names", "isthing.safetensors": "isthing",
-                        "task.safetensors": "dance", "points.safetensors": "points", "heads.safetensors": "size under 1",
-                        "bodiless": "looked for backbone_config", "listed": "config.json: looked for"}.items():
-        with pytest.raises(SystemExit, match=words) as error:
-            m2f.load(tmp_path / name)
-        assert "\n" not in str(error.value)
-
-
-def public_model(name="swin_t", K=7, queries=100):
-    transformers = pytest.importorskip("transformers")
-    width, depths, heads, window = m2f.SWINS[name]
-    swin = transformers.SwinConfig(embed_dim=width, depths=list(depths), num_heads=list(heads), window_size=window,
-                                   drop_path_rate=0.3, out_features=["stage1", "stage2", "stage3", "stage4"])
-    config = transformers.Mask2FormerConfig(backbone_config=swin, num_labels=K, num_queries=queries,
-                                          train_num_points=1024)
-    return transformers.Mask2FormerForUniversalSegmentation(config).eval()
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """transformers' model with random weights of a livelier scale, and ours that read its folder."""
-    torch.manual_seed(0)
-    theirs = public_model()
-    with torch.no_grad():
-        for k, p in theirs.named_parameters():
-            if "relative_position_bias_table" in k or "sampling_offsets.weight" in k or "attention_weights" in k:
-                p.normal_(std=0.05)
-            elif "layernorm" in k or "norm" in k:
-                p.add_(torch.randn_like(p) * 0.1)
-            elif "encoder.layers" in k and p.dim() == 2 or k.endswith("bias"):
-                p.add_(torch.randn_like(p) * 0.02)
-    folder = tmp_path_factory.mktemp("mask2former-swin-tiny-coco-instance")
-    theirs.save_pretrained(folder)
-    return theirs, m2f.load(folder), folder
-
-
-def both_run(pair, size, seed=0):
-    theirs, ours, _ = pair
-    g = torch.Generator().manual_seed(seed)
-    x = torch.rand(1, 3, *size, generator=g)
-    with torch.no_grad():
-        a = theirs((x - ours.mean) / ours.std, output_auxiliary_logits=True)
-        b = ours(x)
-    a = [*a.auxiliary_logits, {"class_queries_logits": a.class_queries_logits, "masks_queries_logits": a.masks_queries_logits}]
-    return a, b
-
-
-@pytest.mark.parametrize("size", [(128, 160), (101, 74), (5, 90)])
-def test_outputs_equal_transformers(pair, size):
-    theirs, ours = both_run(pair, size)                               # fp32
-    assert len(theirs) == len(ours) == 10
-    for a, b in zip(theirs, ours):
-        for x, y in ((a["class_queries_logits"], b["class_logits"]), (a["masks_queries_logits"], b["mask_logits"])):
-            assert x.shape == y.shape and (x - y).abs().max() < 1e-4 * x.abs().max()
-
-
-def same_points(*size, **kw):
-    """Stands in for torch.rand: the same points for every mask, whoever asks, in any order."""
-    if len(size) < 2:                                                      # a draw of another kind
-        return torch.zeros(*size, **kw)
-    g = torch.Generator().manual_seed(size[-2])
-    return torch.empty(1, *size[-2:]).uniform_(generator=g).repeat(*size[:-2], 1, 1)
-
-
-@pytest.fixture
-def exact(pair):
-    """The pair in double precision: no ReLU, argmin or mask at its threshold falls to the other side by rounding."""
-    theirs, ours, _ = pair
-    torch.set_default_dtype(torch.float64)
-    yield theirs.double(), ours.double()
-    torch.set_default_dtype(torch.float32)
-    theirs.float(), ours.float()
-
-
-def test_loss_and_gradients_equal_transformers(exact, monkeypatch):
-    theirs, ours = exact
-    scenes = [toy_scene(i) for i in (3, 4)]
-    x = torch.stack([s[0] for s in scenes]).double()
-    truth = [m2f.targets(ids, parts, [False, True, True], "panoptic") for _, ids, parts in scenes]
-    monkeypatch.setattr(torch, "rand", same_points)
-    a = theirs((x - ours.mean) / ours.std, mask_labels=[t["masks"].double() for t in truth],
-               class_labels=[t["labels"] for t in truth]).loss
-    b, _ = ours.loss(ours(x), truth)
-    assert b.dtype == torch.float64 and abs(a - b) < 1e-6 * abs(a)
-    for model, loss in ((theirs, a), (ours, b)):
-        model.zero_grad()
-        loss.backward()
-    want = m2f.renamed({k: p.grad for k, p in theirs.named_parameters() if p.grad is not None})
-    got = {k: p.grad for k, p in ours.named_parameters()}
-    assert set(want) == set(got)
-    top = max(g.norm() for g in want.values())
-    worst = {k: ((want[k] - got[k]).norm() / (want[k].norm() + 1e-6 * top)).item() for k in want}
-    assert max(worst.values()) < 1e-4, max(worst.items(), key=lambda item: item[1])
-
-
-def test_loss_equals_transformers_in_fp32(pair, monkeypatch):
-    theirs, ours, _ = pair
-    scenes = [toy_scene(i) for i in (5, 6)]
-    x = torch.stack([s[0] for s in scenes])
-    truth = [m2f.targets(ids, parts, [False, True, True], "panoptic") for _, ids, parts in scenes]
-    monkeypatch.setattr(torch, "rand", same_points)
-    with torch.no_grad():
-        a = theirs((x - ours.mean) / ours.std, mask_labels=[t["masks"].float() for t in truth],
-                   class_labels=[t["labels"] for t in truth]).loss
-        b, _ = ours.loss(ours(x), truth)
-    assert a.dtype == b.dtype == torch.float32 and abs(a - b) < 1e-4 * abs(a)
-
-
-@pytest.mark.parametrize("name, queries", [("swin_t", 100), ("swin_s", 100), ("swin_b", 100), ("swin_l", 200)])
-def test_every_public_size_by_key_and_shape(name, queries):
-    pytest.importorskip("transformers")
-    with torch.device("meta"):
-        theirs, ours = public_model(name, 133, queries).state_dict(), m2f.Mask2Former(133, name, queries=queries).state_dict()
-    theirs = m2f.renamed(theirs)
-    assert {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in ours.items()}
-
-
-def test_finds_task_and_size_in_the_public_folder(pair):
-    _, ours, folder = pair
-    assert ours.config["task"] == "instance" and ours.config["backbone"] == "swin_t" and ours.config["num_classes"] == 7
-    with open(folder / "config.json") as f:
-        config = json.load(f)
-    config["backbone_config"]["embed_dim"] = 100
-    other = folder / "odd"
-    other.mkdir()
-    os.link(folder / "model.safetensors", other / "model.safetensors")
-    (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit, match="swin_t"):
-        m2f.load(other)
-
-
-def test_pixel_decoder_starts_as_the_original():
-    """xavier_uniform for the input projections; fvcore's c2_xavier_fill, uniform within sqrt(3 / fan in), for the rest."""
-    torch.manual_seed(0)
-    net = m2f.PixelDecoder((64, 128, 256, 512), layers=1)
-    cases = [(conv, (6 / (conv.in_channels + 256)) ** 0.5) for conv, _ in net.inputs]
-    cases += [(conv, (3 / conv.weight[0].numel()) ** 0.5) for conv in (net.lateral[0], net.smooth[0], net.masks)]
-    for conv, bound in cases:
-        assert 0.99 * bound < conv.weight.abs().max() <= bound and conv.weight.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.02)
-        assert conv.bias is None or conv.bias.abs().max() == 0
-
-
-@pytest.mark.parametrize("name", ["resnet50", "swin_t"])
-def test_big_backbones_train_a_step(name):
-    torch.manual_seed(0)
-    model = m2f.Mask2Former(3, name, queries=8, encoder_layers=1, decoder_layers=2, points=64)
-    _, ids, _ = toy_scene(0)
-    loss, _ = model.loss(model(torch.rand(1, 3, 64, 64)), [m2f.targets(ids)])
-    loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.decoder.parameters())
-
-
-def test_command_line_draws_overlays(tmp_path):
-    model = m2f.Mask2Former(3, class_names=["sky", "house", "tree"], task="semantic", **TOY)
-    m2f.save(model, tmp_path / "model.safetensors")
-    for i, mode in enumerate(("RGB", "L", "RGBA", "P")):
-        Image.fromarray((toy_scene(i)[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)).convert(mode).save(tmp_path / f"{mode}.png")
-    images = [str(tmp_path / f"{mode}.png") for mode in ("RGB", "L", "RGBA", "P")]
-    script = [sys.executable, m2f.__file__, "--weights", str(tmp_path), "--out", str(tmp_path / "out")]
-    done = subprocess.run(script + images, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert sorted(os.listdir(tmp_path / "out")) == sorted(f"{mode}.png" for mode in ("RGB", "L", "RGBA", "P"))
-    assert min(Image.open(tmp_path / "out" / "RGB.png").size) >= 512
-    Image.new("RGB", (3000, 20)).save(tmp_path / "wide.png")
-    done = subprocess.run(script + [str(tmp_path / "wide.png")], capture_output=True, text=True)
-    assert done.returncode == 0 and "3000 x 20" in done.stdout and Image.open(tmp_path / "out/wide.png").size == (2048, 14)
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG no")
-    for wrong, words in (([str(tmp_path / "broken.png")], "broken.png"), (["--device", "foo"], "foo: looked for cpu, cuda"),
-                         ([images[0], "--out", images[1]], "another --out"),
-                         ([images[0], "--out", str(tmp_path)], "its overlay would be")):
-        before = Path(images[0]).read_bytes()
-        done = subprocess.run(script + wrong, capture_output=True, text=True)
-        assert Path(images[0]).read_bytes() == before
-        assert done.returncode != 0 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
-
-
-def test_a_full_disk_leaves_nothing_behind(tmp_path):
-    def save(path, kind):
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-    with pytest.raises(SystemExit, match="No space left"):
-        m2f.put(SimpleNamespace(save=save), str(tmp_path / "a/x.png"))
-    assert not list((tmp_path / "a").iterdir())
-
-
-# ======================================== unet.py
-
-SMALL = dict(in_channels=4, out_channels=4, block_out_channels=(32, 64, 96), layers_per_block=2,
+    path = tmp_path / "captions.json"
+    path.write_text(text)
+    assert P.read_caption_file(path) == {"a": ["twin beds"], "b": ["x", "y"]}
+    for content in (b"", b"[]", b"{}", b"[1, 2]", b'{"a": 3}', b"{", b'"text"', b"\xff"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="captions.json: not a file of captions"):
+            P.read_caption_file(path)
+
+
+def test_data_sets_are_found_and_missing_shapes_prepared(tmp_path, monkeypatch):
+    def prepare(command):
+        for split in ("train", "val", "unlabelled"):
+            (root / split).mkdir(exist_ok=True)
+            P.unfinished(root / split).unlink(missing_ok=True)
+        return mock.Mock(returncode=0)
+    root, run = tmp_path / "data/shapes", mock.Mock(side_effect=prepare)
+    monkeypatch.setattr(P, "ROOT", tmp_path)
+    monkeypatch.setattr(P.subprocess, "run", run)
+    other = pair_folder(tmp_path / "data/other/train")
+    assert P.find_split("other", "train") == P.find_split(other.parent, "train") == other
+    for split, mark, runs in (("unlabelled", "no", 1), ("train", "val", 1), ("val", "no", 2)):
+        P.write_text(P.unfinished(root / mark), "")
+        assert P.find_split("shapes", split) == root / split and run.call_count == runs
+    assert [each.args[0][2:] for each in run.call_args_list] == [["--unlabelled", "8000"], []]
+    shutil.rmtree(root / "train")
+    run.side_effect = None  # what it returns is no exit status of 0
+    P.write_text(tmp_path / "data/raw/prepare.py", "")
+    for name, split, words in (("shapes", "train", "could not be made"), ("no", "val", "no data set"),
+                               ("raw", "a", "data/raw/prepare.py"), ("other", "a", "there are: train$")):
+        with pytest.raises(ValueError, match=words):
+            P.find_split(name, split)
+    monkeypatch.setenv("RANK", "1")  # the first rank prepares them, this one waits
+    monkeypatch.setattr(P.time, "sleep", lambda seconds: (root / "train").mkdir())
+    assert P.find_split("shapes", "train") == root / "train"
+
+
+def test_a_contact_sheet_shows_all_colours_and_captions():
+    grey, classes = [np.full((64, 64, 3), 200, np.uint8)] * 3, [{"name": f"class {k}"} for k in range(13)]
+    sheet, longer = (P.contact_sheet(dict(a=grey, b=grey), ["a word " * n] * 3, classes) for n in (6, 18))
+    assert (np.asarray(sheet).reshape(-1, 1, 3) == palette(13)[1:14]).all(2).any(0).all()
+    assert longer.height > sheet.height > 4 * 64  # enlarged ...
+    assert P.contact_sheet({"": [np.zeros((512, 512, 3), np.uint8)]}).width < 300  # ... or shrunk
+
+
+def test_a_script_ends_in_one_line_or_a_traceback_for_developers(monkeypatch, capsys):
+    assert mistake(mock.Mock(**{"main.side_effect": ValueError})) == "ValueError()"
+    with pytest.raises(SystemExit, match="130"):
+        P.run(mock.Mock(side_effect=KeyboardInterrupt))
+    assert capsys.readouterr().err.startswith("Stopped.")
+    monkeypatch.setenv("SEGGEN_DEBUG", "1")
+    with pytest.raises(OSError):
+        P.run(mock.Mock(side_effect=OSError))
+
+
+# ---- unet.py -----------------------------------------------------------------------------------------------
+
+SMALL = dict(block_out_channels=(32, 64, 96), transformer_layers_per_block=(1, 2, 3), norm_num_groups=8,
              down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-             transformer_layers_per_block=(1, 2, 3), attention_head_dim=(2, 4, 6), cross_attention_dim=48,
-             addition_time_embed_dim=8, projection_class_embeddings_input_dim=32 + 6 * 8, norm_num_groups=8)
+             attention_head_dim=(2, 4, 6), cross_attention_dim=32, addition_time_embed_dim=8,
+             projection_class_embeddings_input_dim=16 + 6 * 8)
+NARROW = dict(block_out_channels=(16, 32), attention_head_dim=(1, 2), transformer_layers_per_block=(1, 2),
+              down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), layers_per_block=1)
+SDXL_NOISE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
+                  timestep_spacing="leading", steps_offset=1, prediction_type="epsilon")
+CAPTIONS = [
+    "A woman's cat, that's 12 years old, isn't on the red and white mat!!", "a long caption " * 40, "x" * 300,
+    "they're we've I'm he'll you'd don't 'tis ''s 'S", "3.14159 \u00bd \u00b2 \u2167 \u0663", "", "   ",
+    "a   tab\tand\nnew line\u00a0no break \u3000wide \u2028 line \x1c \x85 next \u0939\u093f\u0928\u094d ...",
+    "na\u00efve \u00dcber \u0130stanbul \u03a3\u03af\u03c3\u03c5\u03c6\u03bf\u03c2 caf\u00e9 cafe\u0301",
+    "\u00df \u1e9e \ufb01 \u1e9b\u0323 \uac00 \u1100\u1161 \u212b \u2126 \u05d7\u05ea\u05d5 \u4e00\u53ea",
+    "\U0001f642\U0001f469\u200d\U0001f4bb flag \U0001f1e9\U0001f1ea \u2764\ufe0f emoji\U0001f600text",
+    "zero\u200bwidth soft\u00adhyphen \x00 nul \x7f del \ue000 private \u0441\u043e\u0431\u0430\u043a\u0430",
+    "under_score a-b c/d #tag @you 100% $5 <b> a<|endoftext|>b <|startoftext|> <|ENDOFTEXT|>"]
+SHARED = ("_class_name act_fn addition_embed_type flip_sin_to_cos freq_shift norm_eps resnet_time_scale_shift"
+          " use_linear_projection")
 
 
 def error(ours, theirs):
@@ -2851,717 +332,59 @@ def error(ours, theirs):
 
 
 def noisy(net, seed=0):
-    """The module with random weights everywhere: zero-initialised layers would hide what is behind them.
-
-    Weights keep the scale of their fan-in and norms stay near 1, as in a trained network: with
-    weights all of std 0.05 fp32 itself is off by over 1e-5 (the public VAE against itself in fp64: 3e-5)."""
+    """The network with random weights of a trained one's scale: zeros would hide what is behind them."""
     torch.manual_seed(seed)
     for name, p in net.named_parameters():
-        torch.nn.init.normal_(p, std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
-        if p.ndim == 1 and "norm" in name and name.endswith("weight"):
-            p.data += 1
+        gain = p.ndim == 1 and "norm" in name and name.endswith("weight")
+        nn.init.normal_(p, mean=float(gain), std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
     return net.eval()
 
 
-def public_unet(**changes):
-    diffusers = pytest.importorskip("diffusers")
-    up = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
-    return noisy(diffusers.UNet2DConditionModel(
-        **SMALL | changes, up_block_types=up, use_linear_projection=True, addition_embed_type="text_time"))
-
-
-def inputs(size=(24, 16), seed=1):
-    """x, t, context, pooled, time_ids of two samples; no two numbers alike."""
-    g = torch.Generator().manual_seed(seed)
-    time_ids = torch.tensor([[512., 640, 0, 16, 768, 768], [300, 200, 5, 0, 1024, 512]])
-    return (torch.randn(2, 4, *size, generator=g), torch.tensor([7.0, 801.5]),
-            torch.randn(2, 5, 48, generator=g), torch.randn(2, 32, generator=g), time_ids)
-
-
-def public_call(net, x, t, context, pooled, time_ids, **more):
-    """A public UNet or ControlNet on our arguments -> a tuple."""
-    added = dict(text_embeds=pooled, time_ids=time_ids)
-    return net(x, t, context, added_cond_kwargs=added, return_dict=False, **more)
-
-
-def public_config(net):
-    """What a config.json holds: JSON turns tuples into lists."""
-    return json.loads(json.dumps(dict(net.config)))
-
-
-# ---- public implementations ----
-
-@torch.no_grad()
-def test_unet_equals_the_public_one():
-    theirs = public_unet()
-    ours = nets.UNet.from_config(public_config(theirs))
-    ours.load_state_dict(theirs.state_dict())
-    for size in ((24, 16), (20, 12), (18, 14)):     # the last two have an odd grid on the way down
-        data = inputs(size)
-        right = public_call(theirs, *data)[0]
-        assert error(ours(*data), right) < 1e-5
-        x, t, context, pooled, time_ids = data
-        assert error(ours(x, t, ours.project_text(context), pooled, time_ids), right) < 1e-5
-    assert error(ours(*inputs(seed=2)), public_call(theirs, *inputs())[0]) > 0.01       # the inputs matter
-
-
-@torch.no_grad()
-def test_controlnet_equals_the_public_one():
-    diffusers = pytest.importorskip("diffusers")
-    base = public_unet()
-    theirs = noisy(diffusers.ControlNetModel.from_unet(base), seed=3)
-    ours = nets.ControlNet.from_config(public_config(theirs))
-    unet = nets.UNet.from_config(public_config(base))
-    ours.load_state_dict(theirs.state_dict())
-    unet.load_state_dict(base.state_dict())
-    data, cond = inputs(), torch.rand(2, 3, 24 * 8, 16 * 8)
-    for scale in (1.0, 0.3):
-        down, middle = public_call(theirs, *data, controlnet_cond=cond, conditioning_scale=scale)
-        residuals = ours(*data, cond, scale)
-        assert len(residuals[0]) == len(down) and residuals[2] is None
-        assert all(error(a, b) < 1e-5 for a, b in zip(residuals[0] + [residuals[1]], [*down, middle]))
-        right = public_call(base, *data, down_block_additional_residuals=down,
-                            mid_block_additional_residual=middle)[0]
-        assert error(unet(*data, residuals), right) < 1e-5
-        assert error(unet(*data), right) > 0.01
-
-
-def test_gradients_equal_the_public_ones():
-    theirs = public_unet()
-    ours = nets.UNet.from_config(public_config(theirs)).recompute()
-    ours.load_state_dict(theirs.state_dict())
-    public_call(theirs, *inputs())[0].square().sum().backward()
-    ours(*inputs()).square().sum().backward()
-    right = dict(theirs.named_parameters())
-    assert all(error(p.grad, right[k].grad) < 1e-3 for k, p in ours.named_parameters())
-
-
-def test_what_we_write_opens_in_the_public_library(tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    from safetensors.torch import save_file
-    ours = noisy(nets.UNet(**SMALL))
-    control = noisy(nets.ControlNet.from_unet(ours))
-    data, cond = inputs(), torch.rand(2, 3, 24 * 8, 16 * 8)
-    for net, cls in ((ours, diffusers.UNet2DConditionModel), (control, diffusers.ControlNetModel)):
-        (tmp_path / "config.json").write_text(json.dumps(net.public_config()))
-        save_file(net.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
-        theirs = cls.from_pretrained(tmp_path, low_cpu_mem_usage=False)
-        with torch.no_grad():
-            if net is ours:
-                assert error(ours(*data), public_call(theirs, *data)[0]) < 1e-5
-            else:
-                right = public_call(theirs, *data, controlnet_cond=cond)[1]
-                assert error(control(*data, cond)[1], right) < 1e-5
-
-
-@torch.no_grad()
-def test_vae_equals_the_public_one():
-    diffusers = pytest.importorskip("diffusers")
-    theirs = noisy(diffusers.AutoencoderKL(
-        block_out_channels=(16, 32, 32, 48), layers_per_block=2, norm_num_groups=8, scaling_factor=0.13025,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4))
-    ours = nets.VAE.from_config(public_config(theirs))
-    ours.load_state_dict(theirs.state_dict())
-    x, z = torch.randn(3, 3, 64, 48), torch.randn(3, 4, 8, 6)
-    right = theirs.encode(x).latent_dist
-    mean, std = ours.moments(x, slices=2)
-    assert error(mean, right.mean) < 1e-5 and error(std, right.std) < 1e-5
-    torch.manual_seed(0)
-    sample = ours.encode(x)
-    torch.manual_seed(0)
-    assert error(sample, (right.mean + right.std * torch.randn_like(mean)) * 0.13025) < 1e-5
-    assert error(ours.decode(z * 0.13025, slices=2), theirs.decode(z).sample) < 1e-5
-    ours, theirs, z = ours.double(), theirs.double(), z.double()
-    assert error(ours.decode(z * 0.13025), theirs.decode(z).sample) < 1e-11             # not a rounding apart
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("act, projection, eos, pad", [("quick_gelu", False, 2, 299), ("gelu", True, 2, 0),
-                                                       ("gelu", True, 299, 299)])
-def test_clip_equals_the_public_one(act, projection, eos, pad):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.CLIPTextConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        projection_dim=24, hidden_act=act, eos_token_id=eos, bos_token_id=0, pad_token_id=1)
-    cls = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
-    theirs = noisy(cls(config))
-    state = json.loads(config.to_json_string(use_diff=False))
-    ours = nets.CLIPText.from_config({k: state[k] for k in state if k in nets.public_arguments(nets.CLIPText)}
-                                     | {"architectures": [cls.__name__], "model_type": "clip_text_model"})
-    ours.load_state_dict(theirs.state_dict())
-    tokens = torch.randint(0, 290, (3, 77))
-    for row, end in zip(tokens, (5, 40, 76)):
-        row[0], row[end:] = 298, pad
-        row[end] = 299
-    right = theirs(tokens, output_hidden_states=True)
-    context, pooled = ours(tokens)
-    assert error(context, right.hidden_states[-2]) < 1e-5
-    assert error(pooled, right.text_embeds if projection else right.pooler_output) < 1e-5
-
-
-def test_full_sdxl_has_the_public_keys_and_shapes():
-    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
-    with torch.device("meta"):
-        ours = nets.UNet()
-        theirs = diffusers.UNet2DConditionModel(
-            block_out_channels=(320, 640, 1280), layers_per_block=2, attention_head_dim=(5, 10, 20),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_time_embed_dim=256,
-            addition_embed_type="text_time", projection_class_embeddings_input_dim=2816,
-            cross_attention_dim=2048)
-        read = nets.UNet.from_config(public_config(theirs))
-        control = diffusers.ControlNetModel.from_unet(theirs, load_weights_from_unet=False)
-        vae = diffusers.AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-        pairs = [(ours, theirs), (nets.ControlNet(), control), (nets.VAE(), vae)]
-        shape = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20)
-        config = transformers.CLIPTextConfig(**shape, projection_dim=1280, hidden_act="gelu")
-        pairs.append((nets.CLIPText(**nets.PRESETS["sdxl"]["text_encoder_2"]),
-                      transformers.CLIPTextModelWithProjection(config)))
-        first = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-        config = transformers.CLIPTextConfig(**first, projection_dim=768)
-        theirs_first = transformers.CLIPTextModel(config)
-    keys = {"text_model." + k.removeprefix("text_model."): v.shape      # recent versions drop the prefix
-            for k, v in theirs_first.state_dict().items()}
-    with torch.device("meta"):
-        assert keys == {k: v.shape for k, v in nets.CLIPText().state_dict().items()}
-    assert public_config(read) == public_config(ours)
-    written = json.loads(json.dumps(ours.public_config()))
-    assert written | public_config(theirs) == public_config(theirs) | dict(_class_name="UNet2DConditionModel")
-    for ours, theirs in pairs:
-        assert ({k: v.shape for k, v in ours.state_dict().items()} ==
-                {k: v.shape for k, v in theirs.state_dict().items()}), type(ours).__name__
-
-
 def write_tokenizer(folder):
-    """A small vocabulary in CLIP's format, its merges trained on the captions below."""
-    words = [[c for c in w] for w in " ".join(CAPTIONS).lower().split() if w.isascii() and w.isalpha()]
-    for w in words:
-        w[-1] += "</w>"
-    merges = []
-    while len(merges) < 60:
-        pairs = [p for w in words for p in zip(w, w[1:])]
-        pair = max(sorted(set(pairs)), key=pairs.count)
-        merges.append(pair)
-        words = [nets.merged(w, pair) for w in words]
-    single = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]]
-    vocab = [*single, *(c + "</w>" for c in single), *map("".join, merges)]
-    vocab += ["<|startoftext|>", "<|endoftext|>"]
-    os.makedirs(folder, exist_ok=True)
-    with open(folder / "vocab.json", "w", encoding="utf-8") as f:
-        json.dump({v: i for i, v in enumerate(vocab)}, f)
-    with open(folder / "merges.txt", "w", encoding="utf-8") as f:
-        f.write("#version: 0.2\n" + "".join(" ".join(p) + "\n" for p in merges))
+    """A small vocabulary in CLIP's format, with merges that join the words of CAPTIONS in a random order."""
+    merges, rng = {}, random.Random(0)
+    for word in " ".join(CAPTIONS).lower().split():
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1 and word.isascii() and word.isalpha():
+            i = rng.randrange(len(parts) - 1)
+            merges[tuple(parts[i:i + 2])] = parts[i:i + 2] = ["".join(parts[i:i + 2])]
+    single = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 324)]]
+    tokens = [*single, *(c + "</w>" for c in single), *map("".join, merges), nets.START, nets.END]
+    ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(ids))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": nets.END, "model_max_length": 77}))
+    return str(folder)
 
-
-CAPTIONS = [
-    "A woman's cat, that's 12 years old, isn't on the red and white mat!!",
-    "they're we've I'm he'll you'd don't 'tis ''s 'S",
-    "a   tab\tand\nnew line\u00a0no break \u3000wide \u2028 line \x1c \x85 next", "", "   ", "...",
-    "3.14159 \u00bd \u00b2 \u2167 \u0663",
-    "caf\u00e9 cafe\u0301 na\u00efve \u00dcber \u0130stanbul \u03a3\u03af\u03c3\u03c5\u03c6\u03bf\u03c2"
-    " \u039f\u0394\u039f\u03a3 \u00df \u1e9e \ufb01",
-    "\U0001f642\U0001f469\u200d\U0001f4bb flag \U0001f1e9\U0001f1ea \u2764\ufe0f emoji\U0001f600text",
-    "\u4e00\u53ea\u732b \u0441\u043e\u0431\u0430\u043a\u0430 \u05d7\u05ea\u05d5\u05dc"
-    " \u0939\u093f\u0928\u094d\u0926\u0940",
-    "a long caption " * 40, "x" * 300,
-    "under_score a-b c/d #tag @you 100% $5 <b> a<|endoftext|>b <|startoftext|> <|ENDOFTEXT|>",
-    "zero\u200bwidth soft\u00adhyphen \x00 nul \x7f del \ue000 private",
-    "\u1e9b\u0323 \uac00 \u1100\u1161 \u212b \u2126",
-]
-
-
-@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
-def test_tokenizer_equals_the_public_one(tmp_path, pad):
-    transformers = pytest.importorskip("transformers")
-    write_tokenizer(tmp_path)
-    theirs = transformers.CLIPTokenizer.from_pretrained(str(tmp_path), pad_token=pad)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": pad}))
-    ours = nets.CLIPTokenizer(tmp_path)
-    captions = list(CAPTIONS)
-    folder = os.environ.get("SEGGEN_TEST_DATA")
-    if folder:
-        with open(os.path.join(folder, "coco", "annotations", "captions_val2017.json")) as f:
-            captions += [a["caption"] for a in json.load(f)["annotations"]]
-    rng = random.Random(0)
-    letters = "".join(CAPTIONS)
-    captions += ["".join(rng.choices(letters, k=30)) for _ in range(300)]
-    for caption in captions:
-        right = theirs(caption, padding="max_length", max_length=77, truncation=True)["input_ids"]
-        assert ours([caption])[0].tolist() == right, caption
-    theirs.save_pretrained(tmp_path / "saved")                  # recent versions write tokenizer.json alone
-    assert torch.equal(nets.CLIPTokenizer(tmp_path / "saved")(captions), ours(captions))
-
-
-# ---- properties ----
-
-def tiny(seed=0):
-    """UNet, ControlNet, TextEncoder of the tiny preset with noise in all weights but the ControlNet's own."""
-    torch.manual_seed(seed)
-    preset = nets.PRESETS["tiny"]
-    unet, text = noisy(nets.UNet(**preset["unet"])), nets.TextEncoder(**preset["text"]).eval()
-    return unet, nets.ControlNet.from_unet(unet, **preset["controlnet"]).eval(), text
-
-
-def tiny_inputs(text, captions):
-    torch.manual_seed(1)
-    b = len(captions)
-    context, pooled = text(text.tokenize(captions))
-    ids = torch.tensor([[64, 64, 0, 0, 64, 64]] * b)
-    return torch.randn(b, 3, 64, 64), torch.linspace(10, 900, b), context, pooled, ids
-
-
-def test_the_shapes_that_are_printed():
-    with torch.device("meta"), torch.no_grad():
-        unet, _, text = tiny()
-        assert nets.shapes(unet) == "x (1, 3, 64, 64), context (1, 48, 96) -> (1, 3, 64, 64)"
-        assert nets.shapes(text) == "tokens (1, 48) -> context (1, 48, 96), pooled (1, 96)"
-
-
-@torch.no_grad()
-def test_controlnet_adds_nothing_until_trained_and_something_after():
-    unet, control, text = tiny()
-    data, cond = tiny_inputs(text, ["a red ball", "two cats"]), torch.rand(2, 3, 64, 64)
-    own = control.state_dict()
-    assert all(torch.equal(v, own[k]) for k, v in unet.state_dict().items() if k in own)
-    assert torch.equal(unet(*data, control(*data, cond)), unet(*data))
-    residuals = noisy(control)(*data, cond)
-    assert residuals[2].shape == (2, unet.config["head_channels"], 64, 64)
-    full = unet(*data, residuals)
-    assert error(full, unet(*data)) > 1e-3
-    assert error(unet(*data, control(*data, cond.flip(0))), full) > 1e-3
-    assert error(unet(*data, control(*data, cond, 0.0)), unet(*data)) < 1e-6
-
-
-@torch.no_grad()
-def test_batched_equals_single_and_the_caption_matters():
-    unet, control, text = tiny()
-    control = noisy(control)
-    captions = ["a red ball", "", "a much longer caption, with \u00fcml\u00e4uts " * 9]
-    data, cond = tiny_inputs(text, captions), torch.rand(3, 3, 64, 64)
-    together = unet(*data, control(*data, cond))
-    assert together.shape == (3, 3, 64, 64) and together.isfinite().all()
-    for i in range(3):
-        one = [d[i:i + 1] for d in data]
-        assert error(unet(*one, control(*one, cond[i:i + 1])), together[i:i + 1]) < 1e-5
-    x, t, context, pooled, ids = data
-    assert error(unet(x, t, context.roll(1, 0), pooled, ids), unet(*data)) > 1e-4
-    assert error(unet(x, t, context, pooled.roll(1, 0), ids), unet(*data)) > 1e-4
-    assert error(unet(x, t.roll(1, 0), context, pooled, ids), unet(*data)) > 1e-4
-    assert error(unet(x, t, context, pooled, ids * 2), unet(*data)) > 1e-4
-
-
-@torch.no_grad()
-def test_text_encoder_tells_words_apart_and_an_empty_caption_is_the_null_condition():
-    text = nets.TextEncoder(length=12).eval()
-    tokens = text.tokenize(["a cat,", "\u00e9t\u00e9 " * 50, ""])
-    assert tokens.shape == (3, 12) and (tokens > 0).sum(1).tolist() == [3, 12, 0]
-    context, pooled = text(tokens)
-    assert (context[0, 3:] == 0).all() and (context[0, :3] != 0).all(1).all() and pooled.isfinite().all()
-    assert (context[2] == 0).all() and (pooled[2] == 0).all()
-    words = ["".join(random.Random(i).choices("abcdefgh", k=5)) for i in range(2000)]
-    pairs = {(n % 1024, n // 1024 % 1024) for n in text.tokenize(words)[:, 0].tolist()}
-    assert len(pairs) == len(set(words))                  # no two of 2,000 words share both rows
-    assert torch.equal(text.tokenize(["A CAT ,"]), tokens[:1])
-    assert not torch.allclose(text(text.tokenize(["a car,"]))[1], pooled[:1])
-
-
-@torch.no_grad()
-def test_a_network_comes_back_from_its_config():
-    unet, control, text = tiny()
-    data, cond = tiny_inputs(text, ["a red ball"]), torch.rand(1, 3, 64, 64)
-    for net, args in ((unet, data), (noisy(control), (*data, cond)), (text, (text.tokenize(["x"]),))):
-        again = type(net)(**json.loads(json.dumps(net.config)))
-        again.load_state_dict(net.state_dict())
-        outs = [torch.utils._pytree.tree_leaves(out) for out in (net(*args), again.eval()(*args))]
-        assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
-
-
-def test_recomputed_gradients_are_the_same():
-    unet, _, text = tiny()
-    data = [d.detach() for d in tiny_inputs(text, ["a red ball", "two cats"])]
-    grads, calls = [], []
-    inner = unet.down_blocks[0].resnets[0].conv1, unet.mid_block.attentions[0].transformer_blocks[0].ff
-    for module in inner:
-        module.register_forward_pre_hook(lambda *_: calls.append(1))
-    for on in (False, True):
-        unet.recompute(on).zero_grad()
-        unet(*data).square().mean().backward()
-        grads.append([p.grad.clone() for p in unet.parameters()])
-        assert len(calls) == (4 if on else 2)                            # each once more in backward
-        calls.clear()
-    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads))
-
-
-def test_a_configuration_of_another_kind_is_refused():
-    good = nets.UNet(**SMALL).public_config()
-    other = {"down_block_types": ["AttnDownBlock2D"] * 3, "up_block_types": ["AttnUpBlock2D"] * 3}
-    for change, word in (({"addition_embed_type": None}, "addition_embed"), ({"act_fn": "gelu"}, "act_fn"),
-                         ({"new_option": 3}, "new_option"), ({"class_embed_type": "timestep"}, "class_embed"),
-                         (other, "AttnDown"), ({"up_block_types": ["UpBlock2D"] * 3}, "up_block_types")):
-        with pytest.raises(ValueError, match=word):
-            nets.UNet.from_config(good | change)
-    with pytest.raises(ValueError, match="cross_attention_dim"):
-        nets.UNet.from_config({k: v for k, v in good.items() if k != "cross_attention_dim"})
-    nets.UNet.from_config(good | {"new_option": None, "sample_size": 128})
-    with pytest.raises(ValueError, match="vocab.json"):
-        nets.CLIPTokenizer("no such folder")
-
-
-# ======================================== Paper scale: a folder of SDXL, at toy widths
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory):
-    """A small SDXL with random weights, written by the public pipeline itself; a second one as fp16 in shards."""
+    """A small SDXL with random weights, written by the public pipeline: base/; half/ as fp16 in shards."""
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     out = tmp_path_factory.mktemp("sdxl")
-    write_tokenizer(out / "words")
-    words = [transformers.CLIPTokenizer.from_pretrained(str(out / "words"), pad_token=p, model_max_length=77)
-             for p in ("<|endoftext|>", "!")]
-    text = [noisy(cls(transformers.CLIPTextConfig(
-        vocab_size=len(words[0]), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, hidden_act=act,
-        num_attention_heads=2, projection_dim=width, eos_token_id=2, bos_token_id=0, pad_token_id=1)))
-        for cls, width, act in ((transformers.CLIPTextModel, 16, "quick_gelu"),
-                                (transformers.CLIPTextModelWithProjection, 24, "gelu"))]
-    net = noisy(diffusers.UNet2DConditionModel(
-        **SMALL | dict(block_out_channels=(16, 32), layers_per_block=1, transformer_layers_per_block=(1, 2),
-                       attention_head_dim=(1, 2), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                       cross_attention_dim=40, projection_class_embeddings_input_dim=24 + 6 * 8),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True, addition_embed_type="text_time"))
+    words = write_tokenizer(out / "words")
+    tokenizers = [transformers.CLIPTokenizer.from_pretrained(words, pad_token=pad) for pad in (nets.END, "!")]
+    shape = dict(vocab_size=len(tokenizers[0]), hidden_size=16, intermediate_size=32, projection_dim=16,
+                 num_hidden_layers=2, num_attention_heads=2, eos_token_id=2, bos_token_id=0)
+    kinds = (transformers.CLIPTextModel, "quick_gelu"), (transformers.CLIPTextModelWithProjection, "gelu")
+    text = [noisy(cls(transformers.CLIPTextConfig(hidden_act=act, **shape))) for cls, act in kinds]
+    unet = noisy(diffusers.UNet2DConditionModel(
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
+        addition_embed_type="text_time", **SMALL | NARROW))
     vae = noisy(diffusers.AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=0.13025,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4))
-    pipe = diffusers.StableDiffusionXLPipeline(
-        vae, *text, *words, net, diffusers.EulerDiscreteScheduler(**SDXL_NOISE), add_watermarker=False)
+        block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4, norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 4, scaling_factor=0.13025))
+    noise = diffusers.EulerDiscreteScheduler(**SDXL_NOISE)
+    pipe = diffusers.StableDiffusionXLPipeline(vae, *text, *tokenizers, unet, noise, add_watermarker=False)
     pipe.save_pretrained(out / "base")
     pipe.to(torch.float16).save_pretrained(out / "half", variant="fp16", max_shard_size="200KB")
     return out
 
 
-SDXL_NOISE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
-                  timestep_spacing="leading", steps_offset=1, prediction_type="epsilon")
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Six pairs of 48 x 48 with captions."""
-    out = tmp_path_factory.mktemp("photos")
-    for seed, split in enumerate(("train", "val")):
-        folder(out / split, seed=seed, size=48)
-        (out / split / "captions").mkdir()
-        for i in range(6):
-            (out / split / f"captions/{i:03d}.txt").write_text("a cat on the mat\na red and white mat\n")
-    return out
-
-
-def run(monkeypatch, module, *args):
-    """A command of a script, in this process."""
-    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
-    module.main()
-
-
-def paper(base, photos, out, **more):
-    """The flags of a small training on a folder of SDXL."""
-    flags = dict(init=base, data=photos, out=out, size=48, batch=2, steps=3, workers=0, device="cpu") | more
-    return [part for key, value in flags.items() for part in (f"--{key.replace('_', '-')}", value)]
-
-
-@torch.no_grad()
-def test_sdxl_text_is_what_the_public_pipeline_encodes(sdxl):
-    diffusers = pytest.importorskip("diffusers")
-    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl / "base")
-    ours = nets.SDXLText.read(sdxl / "base")
-    captions = ["a woman's cat", "", "the red mat " * 40]
-    tokens = ours.tokenize(captions)
-    context, pooled = ours(tokens)
-    for i in (0, 2):
-        theirs = pipe.encode_prompt(captions[i], do_classifier_free_guidance=True, device="cpu", num_images_per_prompt=1)
-        assert error(context[i:i + 1], theirs[0]) < 1e-5 and error(pooled[i:i + 1], theirs[2]) < 1e-5
-        assert all(torch.equal(a, b) for a, b in zip((context[1:2], pooled[1:2]), theirs[1::2]))     # both are zeros
-    assert tokens.shape == (3, 2, 77) and not tokens[1].any() and not context[1].any()
-    dropped = text2mask.dropped(tokens, torch.tensor([True, False, False]))
-    assert torch.equal(dropped[0], tokens[0]) and not dropped[1:].any()
-    assert not any(p.requires_grad for p in ours.parameters())
-
-
-def test_sdxl_parts_in_fp16_and_in_shards(sdxl):
-    whole, half = (nets.read_part(nets.UNet, sdxl / name / "unet") for name in ("base", "half"))
-    assert len(nets.weight_files(sdxl / "half" / "unet")) > 1
-    for name, p in whole.state_dict().items():
-        assert torch.equal(half.state_dict()[name], p.half().float()), name
-    assert nets.SDXLText.read(sdxl / "half").text_encoder_2.text_projection.weight.dtype == torch.float32
-    assert nets.read_part(nets.VAE, sdxl / "half" / "vae", dtype=torch.bfloat16).quant_conv.weight.dtype == torch.bfloat16
-
-
-def test_sdxl_end_to_end_and_the_public_pipeline_agrees(sdxl, photos, tmp_path, monkeypatch):
-    """Both trainings, both syntheses; then the public ControlNet pipeline paints our image with what we wrote."""
-    diffusers = pytest.importorskip("diffusers")
-    import imgsyn
-    import mask2img
-    import masksyn
-    base = sdxl / "base"
-    run(monkeypatch, text2mask, "train", *paper(base, photos, tmp_path / "t", min_snr=5, noise_offset=0.05))
-    run(monkeypatch, mask2img, "train", *paper(base, photos, tmp_path / "m"))
-    for out, cls in ((tmp_path / "t", diffusers.UNet2DConditionModel), (tmp_path / "m", diffusers.ControlNetModel)):
-        state = torch.load(out / "state.pt", weights_only=True)
-        theirs = cls.from_pretrained(out, low_cpu_mem_usage=False)
-        part = {"t": "unet.", "m": "controlnet."}[out.name]
-        assert {part + name for name in theirs.state_dict()} == set(state["model"]) == set(state["ema"])
-        assert all(torch.equal(p, state["ema"][part + name]) for name, p in theirs.state_dict().items())
-    shared = diffusion.load(text2mask.Text2Mask, tmp_path / "t"), diffusion.load(mask2img.Mask2Img, tmp_path / "m")
-    assert shared[0].text is shared[1].text and shared[0].vae is shared[1].vae             # once in memory
-    unet = shared[1].unet.state_dict()
-    for name, p in shared[1].controlnet.state_dict().items():             # 3 steps of 1e-5 from copy and zero
-        if name in unet or ".conv_out." in name or name.startswith(("controlnet_down", "controlnet_mid")):
-            assert (p - unet.get(name, 0)).abs().max() < 1e-4, name
-    shared[0].text.__dict__.pop("memory", None)
-    encoded = []
-    hook = shared[0].text.register_forward_hook(lambda module, args, out: encoded.append(len(args[0])))
-    run(monkeypatch, masksyn, "--data", photos, "--text2mask", tmp_path / "t", "--mask2img", tmp_path / "m", "--limit", 3,
-        "--batch", 2, "--steps", 3, "--mask-steps", 3, "--out", tmp_path / "pairs", "--device", "cpu")
-    hook.remove()
-    assert encoded == [1, 1]                                              # one caption of all pairs, and none
-    run(monkeypatch, imgsyn, "--data", photos, "--mask2img", tmp_path / "m", "--limit", 3, "--steps", 3, "--out",
-        tmp_path / "again", "--device", "cpu")
-    for pairs in ("pairs", "again"):
-        assert len(list((tmp_path / pairs / "images").iterdir())) == 3
-        assert Image.open(tmp_path / pairs / "images/000_00.png").size == (48, 48)
-    model = shared[1]
-    noisy(model.controlnet, seed=5)                                       # three steps from zero would hide its work
-    model.controlnet.controlnet_cond_embedding.conv_out.weight.data *= 30
-    diffusion.save(model, tmp_path / "loud")
-    pipe = diffusers.StableDiffusionXLControlNetPipeline.from_pretrained(
-        base, controlnet=diffusers.ControlNetModel.from_pretrained(tmp_path / "loud"), add_watermarker=False)
-    pipe.set_progress_bar_config(disable=True)
-    codes = torch.randint(0, 5, (1, 48, 48), generator=torch.Generator().manual_seed(0))
-    cond = model.condition(codes)
-    noise = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(7))
-    for guidance in (1.0, 4.0):
-        ours = model.draw(["a red cat"], [7], 8, guidance, "euler", (48, 48), (cond,), (cond,))
-        theirs = pipe("a red cat", image=cond, height=48, width=48, num_inference_steps=8, guidance_scale=guidance,
-                      latents=noise, output_type="pt").images
-        assert ((ours / 2 + 0.5).clamp(0, 1) - theirs).abs().max() < 1e-3
-        assert ours.clamp(-1, 1).std() > 0.05                              # a picture, not one colour
-    other = model.draw(["a red cat"], [7], 8, 1.0, "euler", (48, 48), (cond.flip(3),))
-    assert (other - model.draw(["a red cat"], [7], 8, 1.0, "euler", (48, 48), (cond,))).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("depth", [2, 1])
-def test_a_public_controlnet_is_trained_on(sdxl, photos, tmp_path, monkeypatch, depth):
-    """One as deep as the UNet's encoder, and a smaller one; one of other widths is refused."""
-    diffusers = pytest.importorskip("diffusers")
-    import mask2img
-    net = diffusers.UNet2DConditionModel.from_pretrained(sdxl / "base" / "unet")
-    own = diffusers.ControlNetModel.from_unet(net, conditioning_embedding_out_channels=(8, 8, 16, 32)).config
-    own = dict(own) | dict(transformer_layers_per_block=(1, depth))
-    theirs = noisy(diffusers.ControlNetModel.from_config(own), seed=4)
-    theirs.save_pretrained(tmp_path / "theirs")
-    run(monkeypatch, mask2img, "train", *paper(sdxl / "base", photos, tmp_path / "m", steps=1, lr=1e-12,
-                                               controlnet=tmp_path / "theirs"))
-    ours = diffusion.load(mask2img.Mask2Img, tmp_path / "m").controlnet.state_dict()
-    assert ours.keys() == theirs.state_dict().keys()
-    assert all(torch.allclose(p, ours[name], atol=1e-6) for name, p in theirs.state_dict().items())
-    wide = diffusers.ControlNetModel.from_config(own | dict(block_out_channels=(16, 48)))
-    wide.save_pretrained(tmp_path / "wide")
-    flags = paper(sdxl / "base", photos, tmp_path / "no", controlnet=tmp_path / "wide")
-    with pytest.raises(SystemExit, match="block_out_channels"):
-        run(monkeypatch, mask2img, "train", *flags)
-
-
-def test_a_stopped_sdxl_training_resumes_bit_for_bit(sdxl, photos, tmp_path, monkeypatch):
-    for out in ("whole", "parts"):
-        run(monkeypatch, text2mask, "train", *paper(sdxl / "base", photos, tmp_path / out, lr=1e-3, save_every=2))
-        if out == "whole":
-            (tmp_path / "parts").mkdir()
-            save = diffusion.save_state
-            def stop(*args, **kw):
-                save(*args, **kw)
-                raise KeyboardInterrupt
-            monkeypatch.setattr(diffusion, "save_state", stop)
-            with pytest.raises(KeyboardInterrupt):
-                run(monkeypatch, text2mask, "train", *paper(sdxl / "base", photos, tmp_path / "parts", lr=1e-3, save_every=2))
-            monkeypatch.setattr(diffusion, "save_state", save)
-            assert torch.load(tmp_path / "parts/state.pt", weights_only=True)["step"] == 2
-    name = "diffusion_pytorch_model.safetensors"
-    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
-
-
-def test_bf16_as_on_a_gpu(sdxl, photos, tmp_path, monkeypatch):
-    """What CUDA does, on the CPU: autocast in training, frozen weights and sampling in bf16, VAE fp32."""
-    import mask2img
-    import masksyn
-    losses, drawn = {}, []
-    for kind in (torch.float32, torch.bfloat16):
-        text2mask.frozen.cache_clear()
-        monkeypatch.setattr(diffusion, "precision", lambda device: kind)
-        for module, name in ((text2mask, "t"), (mask2img, "m")):
-            run(monkeypatch, module, "train", *paper(sdxl / "base", photos, tmp_path / f"{name}{kind}", steps=1))
-            log = (tmp_path / f"{name}{kind}" / "log.jsonl").read_text()
-            losses.setdefault(name, []).append(json.loads(log)["loss"])
-        text2mask.frozen.cache_clear()
-        model = diffusion.load(mask2img.Mask2Img, tmp_path / "mtorch.float32")           # the same network
-        cond = model.condition(torch.arange(48 * 48).reshape(1, 48, 48) % 5)
-        drawn.append(model.draw(["a red cat"], [7], 4, 3.0, "dpm++", (48, 48), (cond,), (cond,)))
-    assert 0 < error(drawn[1], drawn[0]) < 0.05
-    with monkeypatch.context() as patch:
-        patch.setattr(diffusion, "autocast", None)                        # bf16 weights are sampled without
-        run(monkeypatch, masksyn, "--data", photos, "--text2mask", tmp_path / "ttorch.bfloat16", "--mask2img",
-            tmp_path / "mtorch.bfloat16", "--limit", 2, "--steps", 2, "--mask-steps", 2, "--device", "cpu",
-            "--out", tmp_path / "pairs")
-    assert len(list((tmp_path / "pairs" / "images").iterdir())) == 2
-    text2mask.frozen.cache_clear()
-    model = diffusion.load(mask2img.Mask2Img, tmp_path / "mtorch.bfloat16")
-    kinds = {name: {p.dtype for p in part.parameters()} for name, part in model.named_children()}
-    assert kinds == dict(unet={torch.bfloat16}, text={torch.bfloat16}, vae={torch.float32}, controlnet={torch.bfloat16})
-    assert all(abs(a - b) < 0.05 * a and a != b for a, b in losses.values())
-    state = torch.load(tmp_path / "ttorch.bfloat16/state.pt", weights_only=True)
-    assert all(p.dtype == torch.float32 for p in state["model"].values())                  # what is trained stays fp32
-    text2mask.frozen.cache_clear()
-
-
-def test_sharded_training_equals_copies_and_leaves_whole_files(sdxl, photos, tmp_path):
-    """Two ranks: DDP, and fully_shard stopped half-way and started again, end in the same state."""
-    (tmp_path / "stopped.py").write_text(
-        "import sys, diffusion, text2mask\n"
-        "from torch.distributed.tensor import DTensor\n"
-        "save = diffusion.save_state\n"
-        "def stop(out, average, optimiser, *args):\n"
-        "    moments = [t for s in optimiser.state.values() for t in (s['exp_avg'], s['exp_avg_sq'])]\n"
-        "    for held in (average.params.values(), average.shadow.values(), moments):\n"
-        "        assert all(isinstance(t, DTensor) for t in held)\n"
-        "        assert sum(t.to_local().numel() for t in held) < 0.6 * sum(t.numel() for t in held)\n"
-        "    save(out, average, optimiser, *args)\n"
-        "    sys.exit()\n"
-        "diffusion.save_state = stop\n"
-        "text2mask.main()\n")
-    flags = dict(batch=1, lr=1e-3, steps=4, save_every=2)
-    for port, (file, out, more) in enumerate((
-            ("text2mask.py", "ddp", ()), (tmp_path / "stopped.py", "shard", ("--shard",)),
-            ("text2mask.py", "shard", ("--shard",))), 29541):
-        script("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, file, "train",
-               *paper(sdxl / "base", photos, tmp_path / out, **flags), *more, OMP_NUM_THREADS="1")
-        state = torch.load(tmp_path / out / "state.pt", weights_only=True)
-        assert state["step"] == (2 if file != "text2mask.py" else 4)
-    states = [torch.load(tmp_path / out / "state.pt", weights_only=True) for out in ("ddp", "shard")]
-    for key in ("model", "ema"):
-        assert states[0][key].keys() == states[1][key].keys()
-        assert all(torch.allclose(p, states[1][key][name], atol=1e-5) for name, p in states[0][key].items())
-    for values in zip(*(state["optimiser"]["state"].values() for state in states)):
-        assert all(torch.allclose(values[0][k], values[1][k], atol=1e-5) for k in ("step", "exp_avg", "exp_avg_sq"))
-    trained = diffusion.load(text2mask.Text2Mask, tmp_path / "shard").unet.state_dict()
-    assert all(torch.equal(p, states[1]["ema"]["unet." + name]) for name, p in trained.items())
-    lone = script("text2mask.py", "train", *paper(sdxl / "base", photos, tmp_path / "one"), "--shard", ok=False)
-    assert "torchrun" in lone.stderr
-
-
-def spoiled_sdxl(base, out, how):
-    """A copy of a folder of SDXL in which one thing is wrong."""
-    shutil.copytree(base, out)
-    weights = out / "unet" / "diffusion_pytorch_model.safetensors"
-    from safetensors.torch import load_file, save_file
-    if how in ("missing key", "extra key", "other shape"):
-        state = load_file(weights)
-        bias = state.pop("conv_in.bias")
-        state |= {"extra key": {"conv_in.bias": bias, "lora.up": bias.clone()},
-                  "other shape": {"conv_in.bias": bias[1:].clone()}}.get(how, {})
-        save_file(state, weights)
-    elif how == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-1000])
-    elif how == "pickle":
-        weights.rename(weights.with_suffix(".bin"))
-    elif how in ("no end token", "other merges", "a token too many"):
-        path = out / "tokenizer" / "tokenizer.json"
-        content = json.loads(path.read_text(encoding="utf-8"))
-        ids, merges = content["model"]["vocab"], content["model"]["merges"]
-        {"no end token": lambda: ids.pop(nets.END), "other merges": lambda: merges.append(["qq", "zz"]),
-         "a token too many": lambda: ids.update(new=len(ids))}[how]()
-        path.write_text(json.dumps(content), encoding="utf-8")
-    elif how == "sd 1.5":
-        (out / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    elif how in ("vae", "text_encoder_2", "scheduler"):
-        shutil.rmtree(out / how)
-    elif how in ("unet/config.json", "model_index.json", "tokenizer_2/tokenizer.json", "text_encoder/model.safetensors"):
-        (out / how).unlink()
-    else:                                                                 # "part: key = value"
-        part, key, value = re.fullmatch(r"(.*): (.*) = (.*)", how).groups()
-        path = out / part
-        path.write_text(json.dumps(json.loads(path.read_text()) | {key: json.loads(value)}))
-    return out
-
-
-@pytest.mark.parametrize("how, words", [
-    ("missing key", "conv_in.bias is missing"), ("extra key", "lora.up is not one"), ("other shape", "another shape"),
-    ("truncated", "truncated"), ("pickle", "never a pickle"), ("sd 1.5", "found StableDiffusionPipeline"),
-    ("vae", "found no vae"), ("text_encoder_2", "found no text_encoder_2"), ("scheduler", "found no scheduler"),
-    ("unet/config.json", "config.json"), ("model_index.json", "model_index.json"),
-    ("tokenizer_2/tokenizer.json", "vocab.json"), ("text_encoder/model.safetensors", "text_encoder"),
-    ("unet/config.json: addition_embed_type = null", "addition_embed_type"),
-    ("unet/config.json: block_out_channels = [16, 48]", "another shape"), ("vae/config.json: _class_name = \"VQModel\"", "VQModel"),
-    ("scheduler/scheduler_config.json: beta_start = 0.1", "beta_start"),
-    ("scheduler/scheduler_config.json: beta_start = null", "beta_start = None"),
-    ("scheduler/scheduler_config.json: timestep_spacing = \"no\"", "timestep_spacing = 'no'"),
-    ("scheduler/scheduler_config.json: prediction_type = \"flow\"", "prediction_type = 'flow'"),
-    ("unet/config.json: in_channels = 9", "in_channels is 9, not 4"),
-    ("unet/config.json: cross_attention_dim = 48", "cross_attention_dim is 48, not 40"),
-    ("unet/config.json: projection_class_embeddings_input_dim = 80", "is 80, not 72"),
-    ("tokenizer_2/tokenizer.json: model = null", "'<|startoftext|>'"), ("no end token", "'<|endoftext|>'"),
-    ("tokenizer_2/tokenizer_config.json: pad_token = null", "no None"), ("other merges", "'qqzz'"),
-    ("a token too many", "vocab_size"),
-    ("text_encoder/config.json: hidden_act = \"relu\"", "hidden_act")])
-def test_a_wrong_sdxl_folder_is_told_in_one_line(sdxl, photos, tmp_path, monkeypatch, how, words):
-    base = spoiled_sdxl(sdxl / "base", tmp_path / "base", how)
-    with pytest.raises(SystemExit) as told:
-        run(monkeypatch, text2mask, "train", *paper(base, photos, tmp_path / "out"))
-    assert words in str(told.value) and "\n" not in str(told.value), told.value
-    assert not (tmp_path / "out").exists()                                # nothing half-written
-
-
-def test_flags_that_do_not_fit_are_told_in_one_line(sdxl, photos, tmp_path, monkeypatch):
-    import mask2img
-    flags = paper(sdxl / "base", photos, tmp_path / "out")
-    for module, args, words in ((text2mask, ("train", "--min-snr", 5), "min-snr"),
-                                (text2mask, ("train", "--shard"), "shard"),
-                                (mask2img, ("train", "--controlnet", tmp_path), "controlnet"),
-                                (mask2img, ("train", *flags, "--unfreeze"), "unfreeze"),
-                                (mask2img, ("base", *flags), "from scratch")):
-        with pytest.raises(SystemExit, match=words):
-            run(monkeypatch, module, *args)
-    with pytest.raises(SystemExit):
-        run(monkeypatch, text2mask, "train", *flags, "--size", 44)
-    with pytest.raises(SystemExit, match="VAE's factor 8"):
-        text2mask.TextToImage(base=sdxl / "base", size=(44, 48))
-
-
-def test_defaults_follow_the_base(sdxl, photos, monkeypatch):
-    seen = []
-    monkeypatch.setattr(text2mask, "train", seen.append)
-    for init in ((), ("--init", sdxl / "base"), ("--init", sdxl / "base", "--lr", 3e-6, "--no-checkpointing")):
-        run(monkeypatch, text2mask, "train", *init)
-    assert [(a.lr, a.steps, a.size, a.checkpointing) for a in seen] == [
-        (2e-3, 5000, (64, 64), False), (1e-5, 30000, (768, 768), True), (3e-6, 30000, (768, 768), False)]
-
-
-def test_min_snr_weights_follow_the_paper():
-    """2303.09556: min(SNR, 5) / SNR for noise, / (SNR + 1) for v."""
-    t = torch.tensor([1, 100, 500, 999])
-    for prediction in ("epsilon", "v_prediction"):
-        schedule = diffusion.Schedule(prediction=prediction)
-        a2 = torch.cumprod(1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2, 0)[t]
-        snr = a2 / (1 - a2)
-        right = snr.clamp(max=5) / (snr + (prediction == "v_prediction"))
-        assert torch.allclose(schedule.weight(t, 5.0).double(), right, rtol=1e-3)
-
-
-# ======================================== CUDA
-
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-
-
 @pytest.fixture
 def full_fp32(monkeypatch):
-    """No TF32, which keeps 10 bits of a factor's 23."""
+    """No TF32 on CUDA, which keeps 10 bits of a factor's 23."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -3569,107 +392,2668 @@ def full_fp32(monkeypatch):
     torch.set_float32_matmul_precision(before)
 
 
-def moved(things, device):
-    return [thing.to(device) for thing in things]
+def unet_pairs(sdxl, folder):
+    """UNet and ControlNet, written by us and read by the public library; the UNet's gradients, recomputed."""
+    import diffusers
+    theirs, unet = [], noisy(nets.UNet(**SMALL))
+    control = noisy(nets.ControlNet.from_unet(unet), seed=3)
+    for net, cls in (unet, diffusers.UNet2DConditionModel), (control, diffusers.ControlNetModel):
+        (folder / "config.json").write_text(json.dumps(net.public_config()))
+        save_file(net.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+        theirs.append(cls.from_pretrained(folder, low_cpu_mem_usage=False).double())
+    unet, control = unet.double().enable_checkpointing(), control.double()
+    t, context, pooled = torch.tensor([7, 801.5]), torch.randn(2, 5, 32).double(), torch.randn(2, 16).double()
+    time_ids = torch.tensor([[512, 640, 0, 16, 768, 769], [300, 200, 5, 1, 1024, 513]])
+    public = dict(added_cond_kwargs=dict(text_embeds=pooled, time_ids=time_ids), return_dict=False)
+    for height, width, scale in (8, 12, 1.0), (10, 6, 0.3), (9, 7, 1.0):  # two have an odd grid inside
+        x, cond = torch.randn(2, 4, height, width).double(), torch.rand(2, 3, 8 * height, 8 * width).double()
+        residuals = control(x, t, context, pooled, time_ids, cond, scale)
+        down, middle = theirs[1](x, t, context, cond, scale, **public)
+        yield from zip([*residuals[0], residuals[1]], [*down, middle], strict=True)
+        added = dict(down_block_additional_residuals=down, mid_block_additional_residual=middle)
+        right = theirs[0](x, t, context, **added, **public)[0]
+        yield unet(x, t, context, pooled, time_ids, residuals), right
+    output, right = unet(x, t, context, pooled, time_ids), theirs[0](x, t, context, **public)[0]
+    (output.square().sum() + right.square().sum()).backward()
+    parameters = dict(theirs[0].named_parameters())
+    yield from ((p.grad, parameters[name].grad) for name, p in unet.named_parameters())
 
 
-@gpu
-@torch.no_grad()
-def test_the_diffusion_networks_agree_with_the_cpu(full_fp32):
-    unet, control, text = tiny()
-    noisy(control)
-    data, cond = tiny_inputs(text, ["a red ball", "two cats"]), torch.rand(2, 3, 64, 64)
-    right = unet(*data, control(*data, cond))
-    unet, control = moved((unet, control), "cuda")
-    data, cond = moved(data, "cuda"), cond.cuda()
-    assert error(unet(*data, control(*data, cond)).cpu(), right) < 1e-4
-    with torch.autocast("cuda", torch.bfloat16):
-        assert 0 < error(unet(*data, control(*data, cond)).float().cpu(), right) < 0.05
-
-
-@gpu
-@pytest.mark.parametrize("preset", ["tiny", "resnet50", "swin_t"])
-def test_mask2former_agrees_with_the_cpu(full_fp32, preset, monkeypatch):
-    """Outputs, loss and gradients of one model on both, points drawn on the CPU. Masked attention cuts at zero, so a
-    rounding may open or close a pixel: gradients are compared as a whole."""
+def folder_pairs(sdxl, folder):
+    """The parts of a folder of SDXL, in fp16 and in shards, as the public pipeline runs them."""
+    import diffusers
+    half = sdxl / "half"
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(half, variant="fp16").to(torch.float64)
+    unet, vae = (nets.read_part(cls, half / name, dtype=torch.float64)
+                 for cls, name in ((nets.UNet, "unet"), (nets.VAE, "vae")))
+    text = nets.SDXLText.from_folder(half, dtype=torch.float64)
+    assert len(nets.weight_files(half / "unet")) > 1 and not unet.training
+    yield from ((p, pipe.unet.state_dict()[name]) for name, p in unet.state_dict().items())
+    x, z = torch.randn(3, 3, 64, 48).double(), torch.randn(3, 4, 8, 6).double()
+    right = pipe.vae.encode(x).latent_dist.sample(torch.Generator().manual_seed(0)) * 0.13025
     torch.manual_seed(0)
-    monkeypatch.setattr(m2f, "draw", lambda n, points, device: torch.rand(n, points, 2).mul_(2).sub_(1).to(device))
-    scenes = [toy_scene(seed) for seed in range(2)]
-    x, things = torch.stack([scene[0] for scene in scenes]), [False, True, True]
-    model = m2f.Mask2Former(3, isthing=things, **dict(m2f.PRESETS[preset], points=1024)).eval()
-    found = []
-    for device in ("cpu", "cuda"):
-        model.to(device).zero_grad()
-        goal = [m2f.targets(ids, parts, things, "panoptic") for _, ids, parts in scenes]
-        outputs = model(x.to(device))
-        torch.manual_seed(1)
-        loss = model.loss(outputs, goal)[0]
-        loss.backward()
-        grads = torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None])
-        found.append((loss.item(), grads, outputs[-1]["mask_logits"].detach().cpu()))
-    (a, g, m), (b, h, n) = found
-    assert abs(a - b) < 1e-3 * a and error(n, m) < 1e-2
-    assert F.cosine_similarity(g, h, 0) > 0.999
+    yield vae.encode(x, slices=2), right
+    yield vae.decode(z * 0.13025, slices=2), pipe.vae.decode(z).sample
+    captions = ["a woman's cat", "a<|endoftext|>b", "the red mat " * 40, ""]
+    tokens = text.tokenize(captions)
+    context, pooled = text(tokens)
+    right, zeros, right_pooled, zeros_pooled = pipe.encode_prompt(captions[:3])
+    yield from ((context[:3], right), (pooled[:3], right_pooled))
+    assert torch.equal(context[3:], zeros[:1]) and torch.equal(pooled[3:], zeros_pooled[:1])
+    assert not tokens[3].any() and not any(p.requires_grad for p in text.parameters())
+    first, second = text.text_encoder, text.text_encoder_2
+    first.load_state_dict(first.state_dict() | {"text_model.embeddings.position_ids": tokens})  # in old files
+    yield first(tokens[:, 0])[1], pipe.text_encoder(tokens[:, 0]).pooler_output
+    second.config["eos_token_id"] = 0  # only 2 stands for the largest id
+    right = pipe.text_encoder_2.from_pretrained(half / "text_encoder_2", variant="fp16", eos_token_id=0)
+    yield second(tokens[:3, 1])[1], right.double()(tokens[:3, 1]).text_embeds
 
 
-@gpu
+def token_pairs(sdxl, folder):
+    """Tokens of both layouts and both paddings; SEGGEN_TEST_DATA has captions that people wrote."""
+    import transformers
+    rng = random.Random(0)
+    captions = CAPTIONS + ["".join(rng.choices("".join(CAPTIONS), k=30)) for _ in range(300)]
+    if data := os.environ.get("SEGGEN_TEST_DATA"):
+        real = json.loads(Path(data, "coco/annotations/captions_val2017.json").read_text())["annotations"]
+        captions += [annotation["caption"] for annotation in real]
+    for name in ("words", "base/tokenizer", "base/tokenizer_2"):
+        theirs = transformers.CLIPTokenizer.from_pretrained(sdxl / name)
+        right = theirs(captions, padding="max_length", max_length=77, truncation=True)["input_ids"]
+        yield nets.CLIPTokenizer(sdxl / name)(captions), torch.tensor(right)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("pairs", [unet_pairs, folder_pairs, token_pairs])
+def test_networks_equal_the_public_ones(sdxl, tmp_path, pairs):
+    for ours, theirs in pairs(sdxl, tmp_path):
+        assert error(ours, theirs) < 1e-9  # in fp64: only rounding keeps them apart
+
+
+def test_the_defaults_are_those_of_sdxl(capsys):
+    nets.main()
+    printed = capsys.readouterr().out
+    for words in ("context (1, 77, 2048)", "prediction (1, 3, 64, 64)", "prediction (1, 4, 96, 96)",
+                  "2567.46M", "1251.01M", "83.65M", "123.06M", "694.66M"):  # as published
+        assert words in printed
+    with torch.device("meta"):
+        sets = nets.build("sdxl")
+    configs = [net.config for net in (sets["unet"], sets["vae"], *sets["text"].children())]
+    keys = "norm_num_groups attention_head_dim num_attention_heads hidden_act scaling_factor".split()
+    assert [[config[key] for key in keys if key in config] for config in configs] == [
+        [32, (5, 10, 20)], [32, 0.13025], [12, "quick_gelu"], [20, "gelu"]]  # no number shows these
+
+
+def tiny():
+    """UNet, ControlNet, TextEncoder of the tiny preset with noise in all weights but the ControlNet's own."""
+    torch.manual_seed(0)
+    preset = nets.PRESETS["tiny"]
+    unet, text = noisy(nets.UNet(**preset["unet"])), nets.TextEncoder(**preset["text"]).eval()
+    return unet, nets.ControlNet.from_unet(unet, **preset["controlnet"]).eval(), text
+
+
+def tiny_inputs(text, captions):
+    """x, t, context, pooled, time_ids of the tiny UNet."""
+    torch.manual_seed(1)
+    context, pooled = (part.detach() for part in text(text.tokenize(captions)))
+    x, t = torch.randn(len(captions), 3, 64, 64), torch.linspace(10, 900, len(captions))
+    return x, t, context, pooled, torch.tensor([[64, 64, 0, 0, 64, 64]] * len(captions))
+
+
+def test_a_controlnet_adds_nothing_until_trained_and_learns_from_the_first_step():
+    unet, control, text = tiny()
+    data, cond = tiny_inputs(text, ["a red ball", "two cats"]), torch.rand(2, 3, 64, 64)
+    start = control.state_dict()
+    assert all(torch.equal(p, start[name]) for name, p in unet.state_dict().items() if name in start)
+    plain, output = unet(*data), unet(*data, control(*data, cond))
+    assert torch.equal(output, plain)
+    output.square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for p in unet.parameters())  # nothing in it is without effect
+    for conv in (*control.controlnet_down_blocks, control.controlnet_mid_block, control.controlnet_head[-1]):
+        assert conv.weight.abs().max() == 0 and conv.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@torch.no_grad()
+def test_batched_equals_single_and_every_input_matters(full_fp32, device):
+    unet, control, text = tiny()
+    captions = ["a red ball", "", "a longer one, with \u00fcml\u00e4uts " * 9]
+    data = [*tiny_inputs(text, captions), torch.rand(3, 3, 64, 64)]
+    batched = unet(*data[:5], noisy(control)(*data))
+    for i, part in enumerate(data):
+        other = list(data)
+        other[i] = part * 2 if i == 4 else part.roll(1, 0)  # time_ids are the same in all samples
+        assert error(unet(*other[:5], control(*other)), batched) > 1e-4
+    copies = [type(net)(**json.loads(json.dumps(net.config))).eval() for net in (unet, control, text)]
+    for net, right in zip(copies, (unet, control, text)):
+        net.load_state_dict(right.state_dict())  # as from a checkpoint
+    unet, control = copies[0].to(device), copies[1].to(device)
+    for i in range(3):
+        one = [part[i:i + 1].to(device) for part in (*tiny_inputs(copies[2], captions), data[5])]
+        assert error(unet(*one[:5], control(*one)).cpu(), batched[i:i + 1]) < 1e-4
+        with torch.autocast(device, torch.bfloat16):
+            assert 0 < error(unet(*one[:5], control(*one)).float().cpu(), batched[i:i + 1]) < 0.05
+
+
+def test_text_encoder_separates_words_and_an_empty_caption_is_the_null_condition():
+    text = nets.TextEncoder(length=12).eval()
+    tokens = text.tokenize(["a cat,", "\u00e9t\u00e9 " * 50, "", "A CAT ,", "a car,"])
+    assert tokens.shape == (5, 12) and (tokens > 0).sum(1).tolist() == [3, 12, 0, 3, 3]
+    context, pooled = text(tokens)
+    assert (context[0, :3] != 0).all() and not (context[0, 3:].any() or context[2].any() or pooled[2].any())
+    assert torch.equal(tokens[3], tokens[0]) and not torch.allclose(pooled[4], pooled[0])
+    words = {"".join(random.Random(i).choices("abcdefgh", k=5)) for i in range(2000)}
+    rows = {(n % 1024, n // 1024 % 1024) for n in text.tokenize(words)[:, 0].tolist()}
+    assert len(rows) == len(words)  # no two words share both rows
+
+
+def test_checkpointing_runs_blocks_again_in_backward():
+    unet, _, text = tiny()
+    data, calls = tiny_inputs(text, ["a red ball"]), []
+    for name in ("mid_block.resnets.0.conv1", "mid_block.attentions.0.transformer_blocks.0.attn1"):
+        unet.get_submodule(name).register_forward_pre_hook(lambda part, _: calls.append(part))
+    unet.enable_checkpointing()(*data).square().mean().backward()
+    assert len(calls) == 4  # unet_pairs compares the gradients
+    average = copy.deepcopy(unet)  # as EMA does: with weights of its own
+    average.mid_block.resnets[0].conv1.weight.data.zero_()
+    assert error(average(*data), unet(*data)) > 1e-4
+
+
+def test_a_unet_without_text():
+    x, t = torch.randn(2, 4, 16, 16), torch.tensor([7, 801])
+    none = dict(projection_class_embeddings_input_dim=None)
+    bare = noisy(nets.UNet(**SMALL | none | dict(cross_attention_dim=None)))
+    residuals = noisy(nets.ControlNet.from_unet(bare))(x, t, cond=torch.rand(2, 3, 128, 128))
+    for other in bare(x, t.flip(0)), bare(x, t, residuals=residuals):
+        assert error(other, bare(x, t)) > 1e-3
+    unet, label = noisy(nets.UNet(**nets.PRESETS["tiny"]["unet"] | none)), nn.Embedding(10, 96)
+    x, y = torch.randn(2, 3, 32, 32), torch.tensor([3, 7])
+    prediction = unet(x, t, label(y)[:, None])  # of ten classes, as in the module's docstring
+    assert error(unet(x, t, label(y.flip(0))[:, None]), prediction) > 1e-4
+    prediction.square().mean().backward()
+    assert label.weight.grad.abs().sum(1).nonzero().flatten().tolist() == [3, 7]
+
+
+def spoil_folder(folder, path, change):
+    """Remove a file or a folder (None), set keys of a JSON file (a dict), or change bytes (a function)."""
+    path = folder / path
+    if change is None:
+        path.rename(folder.parent / "removed")
+    elif callable(change):
+        path.write_bytes(change(path.read_bytes()))
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("path, change, words", [
+    *[(part, None, f"{part}: no such folder") for part in
+      "unet vae text_encoder text_encoder_2 tokenizer tokenizer_2 scheduler".split()],
+    ("model_index.json", None, "model_index.json"),
+    ("model_index.json", dict(_class_name="StableDiffusionXLInpaintPipeline"), "a StableDiffusionXLInpaint"),
+    ("unet/config.json", lambda raw: b"", "unet/config.json: not a JSON file"),
+    ("unet/config.json", dict(in_channels=9), "in_channels is 9"),
+    ("unet/config.json", dict(act_fn="gelu"), "unet/config.json: act_fn is gelu"),
+    ("unet/config.json", dict(down_block_types=["Attn"], up_block_types=["Attn"]), "['Attn']: use Down"),
+    ("text_encoder/config.json", dict(hidden_act="relu"), "hidden_act 'relu'"),
+    ("text_encoder/model.safetensors", None, "text_encoder: no weights"),
+    ("text_encoder/model.safetensors", lambda raw: raw[:-1000], "text_encoder/model.safetensors: "),
+    ("text_encoder/model.safetensors", lambda raw: save({}), "text_encoder: not the weights of this CLIP"),
+    ("text_encoder/model.safetensors", lambda raw: save(load(raw) | {"lora.up": torch.ones(1)}), "lora.up"),
+    ("tokenizer_2/tokenizer.json", None, "tokenizer_2/tokenizer.json"),
+    ("tokenizer_2/tokenizer_config.json", dict(pad_token="<pad>"), "<pad> in its vocabulary"),
+])
+def test_a_wrong_sdxl_folder_is_refused_in_one_line(sdxl, tmp_path, path, change, words):
+    folder = shutil.copytree(sdxl / "base", tmp_path / "base")
+    spoil_folder(folder, path, change)
+    assert nets.is_sdxl(folder) and not nets.is_sdxl(tmp_path)
+    with pytest.raises((ValueError, OSError)) as caught:
+        nets.check_sdxl(folder)
+        nets.read_part(nets.UNet, folder / "unet")
+        nets.read_part(nets.VAE, folder / "vae")
+        nets.SDXLText.from_folder(folder)
+    assert words in str(caught.value) and "\n" not in str(caught.value), caught.value
+
+
+@pytest.mark.parametrize("cls, keys", [
+    (nets.UNet, f"{SHARED} time_embedding_type up_block_types"), (nets.ControlNet, SHARED),
+    (nets.VAE, "_class_name act_fn"), (nets.CLIPText, "model_type")])
+def test_a_configuration_of_another_kind_is_refused(cls, keys):
+    with torch.device("meta"):
+        config = cls().config
+    good = nets.required_values(cls, config) | config
+    for key in keys.split():
+        with pytest.raises(ValueError, match=f"here: {key} is other"):
+            cls.from_config(good | {key: "other"}, where="here")
+    for key in good.keys() - nets.OWN_ARGUMENTS:
+        with pytest.raises(ValueError, match=f"here: {key} is missing"):
+            cls.from_config({name: value for name, value in good.items() if name != key}, where="here")
+
+
+# A server that has imported everything starts the processes: to kill one, or to start two ranks, costs no seconds.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch._dynamo", "masksyn", "imgsyn", "train"])
+
+
+def run_rank(rank, ranks, port, function, arguments):
+    """What torchrun does for a rank. One thread: another split of a sum over threads changes its last bits."""
+    if ranks > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def start(function, *arguments, ranks=1):
+    """function(*arguments) in a process of its own, or in one for each rank -> the processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [PROCESSES.Process(target=run_rank, args=(n, ranks, port, function, arguments)) for n in range(ranks)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes):
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * len(processes)
+
+
+# ---- diffusion.py: the process and its samplers ------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["cosine", "scaled_linear"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_targets_and_to_x0_agree_and_losses_count_as_those_of_x0(kind, prediction):
+    """2303.09556: an error of the prediction counts as min(SNR, 5) times the error of x0 that it causes."""
+    schedule, t = Schedule(kind, prediction), torch.tensor([10, 200, 400, 600, 900])
+    x0, noise, mistake = torch.randn(3, 5, 48)
+    x, target = schedule.add_noise(x0, noise, t), schedule.target(x0, noise, t)
+    for i, sigma in enumerate(schedule.sigmas[t].tolist()):
+        assert torch.allclose(schedule.to_x0(target, x, sigma)[i], x0[i], atol=2e-3)
+        error = (schedule.to_x0(target + mistake, x, sigma) - x0)[i].square().mean().item()
+        share = min(sigma ** -2 + (prediction == "sample"), 5)  # that of x0 keeps a weight of 1 in pure noise
+        ours = schedule.weight(t, 5.0)[i] * mistake[i].square().mean()
+        assert ours.item() == pytest.approx(share * error, rel=1e-2)
+
+
+def test_a_schedule_stays_on_the_cpu():
+    schedule = Schedule()
+    assert all(schedule.time_step(sigma) == i for i, sigma in enumerate(schedule.sigmas.tolist()))
+    before = schedule.noise_levels(10, "euler")
+    schedule.a, schedule.s = schedule.a.to("meta"), schedule.s.to("meta")  # training moves them to its device
+    assert schedule.noise_levels(10, "euler") == before
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(beta_start=0.1), "beta_start is 0.1"), (dict(beta_start=None), "beta_start is None"),
+    (dict(num_train_timesteps=500), "num_train_timesteps is 500"), (dict(prediction_type="flow"), "'flow'"),
+    (dict(timestep_spacing="no"), "'no'"), (dict(rescale_betas_zero_snr=True), "zero-SNR"),
+    (dict(use_karras_sigmas=True), "Karras"), (None, "scheduler.json: not a JSON file")])
+def test_a_public_scheduler_of_another_kind_is_refused(tmp_path, change, words):
+    path = tmp_path / "scheduler.json"
+    path.write_text(json.dumps(SDXL_NOISE | change) if change else "{")
+    with pytest.raises(ValueError, match=words):
+        Schedule.from_public(path)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "ddim", "dpm++", "edm"])
+def test_samplers_reach_a_gaussian_exactly(sampler):
+    """Data of N(m, s^2) has the closed-form denoiser (s^2 x + sigma^2 m) / (s^2 + sigma^2)."""
+    m, s = 0.3, 0.5
+    torch.manual_seed(0)
+    out = sample(lambda x, sigma: (s ** 2 * x + sigma ** 2 * m) / (s ** 2 + sigma ** 2),
+                 Schedule("cosine", "sample", "trailing"), torch.randn(20000, 1), 100, sampler)
+    assert abs(out.mean() - m) < 0.02 and abs(out.std() - s) < 0.02
+
+
+@pytest.mark.parametrize("steps", [25, 200])
+def test_edm_stays_within_the_noise_of_training(steps):
+    schedule, sigmas = Schedule(), []
+    sample(lambda x, sigma: sigmas.append(sigma) or x / (1 + sigma ** 2), schedule, torch.randn(1, 2), steps, "edm")
+    assert max(sigmas) <= schedule.sigmas[-1].item() * (1 + 1e-6) and len(sigmas) == 2 * steps - 1
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("steps", [10, 25, 50])
+@pytest.mark.parametrize("sampler, name", [
+    ("euler", "EulerDiscrete"), ("ddim", "DDIM"), ("dpm++", "DPMSolverMultistep")])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_public_schedulers_walk_the_same_way(sampler, name, steps, spacing, tmp_path):
+    """With any network: the same steps, inputs and end."""
+    diffusers = pytest.importorskip("diffusers")
+    config = SDXL_NOISE | dict(timestep_spacing=spacing, clip_sample=False, set_alpha_to_one=True)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    schedule = Schedule.from_public(tmp_path / "config.json")
+    peer = getattr(diffusers, f"{name}Scheduler").from_config(config)
+    peer.set_timesteps(steps)
+    torch.manual_seed(0)
+    noise, mix, seen = torch.randn(2, 4, 8, 8), torch.randn(4, 4) / 3, []
+
+    def net(x, t):
+        seen.append(x)
+        return torch.einsum("bchw,dc->bdhw", x, mix) * math.cos(float(t) / 300)
+    x = noise * peer.init_noise_sigma
+    for t in peer.timesteps:
+        x = peer.step(net(peer.scale_model_input(x, t), t), t, x).prev_sample
+    ours = sample(denoiser(lambda x, t: net(x, t[0]), schedule, ()), schedule, noise, steps, sampler)
+    assert schedule.visited_steps(steps, sampler).tolist() == peer.timesteps.tolist() and len(seen) == 2 * steps
+    for a, b in zip([ours, *seen[steps:]], [x, *seen[:steps]]):
+        assert (a - b).abs().max() / b.abs().max() < 1e-5
+
+
+def test_guidance_in_one_batch_equals_two_calls():
+    schedule, net = Schedule("cosine", "sample"), PointDenoiser(16)
+    x, arm, null = torch.randn(5, 2), torch.zeros(5, 1, dtype=torch.long), torch.full((5, 1), 2)
+    both = denoiser(net, schedule, (arm,), (null,), 3.0)(x, 1.5)
+    cond, uncond = (denoiser(net, schedule, (c,))(x, 1.5) for c in (arm, null))
+    assert torch.allclose(both, uncond + 3 * (cond - uncond), atol=1e-5)
+    high = denoiser(net, schedule, (arm,), (null,), 3.0, guide_above=1.0)  # unguided from sigma 1 down
+    assert torch.equal(high(x, 1.5), both)
+    assert torch.equal(high(x, 1.0), denoiser(net, schedule, (arm,))(x, 1.0))
+
+
+@pytest.mark.parametrize("spacing, sampler, steps", [
+    ("trailing", "dpm++", 1001), ("leading", "dpm++", 1000), ("linspace", "euler", 1200), ("leading", "edm", 10 ** 20)])
+def test_too_many_sampling_steps_are_refused(spacing, sampler, steps):
+    with pytest.raises(ValueError, match=f"{steps} sampling steps: .* Use fewer"):
+        Schedule(spacing=spacing).noise_levels(steps, sampler)
+    assert len(Schedule(spacing="trailing").noise_levels(1000, "dpm++")) == 1001
+
+
+# ---- diffusion.py: training --------------------------------------------------------------------------------
+
+def test_the_average_is_lent_and_given_back():
+    net = PointDenoiser(8)
+    net.outer.requires_grad_(False)  # frozen parameters have no average
+    first = [p.detach().clone() for p in net.parameters() if p.requires_grad]
+    average, trained = EMA(net, 0.5), [p for p in net.parameters() if p.requires_grad]
+    for p in trained:
+        p.data += 1
+    for _ in range(2):
+        with average.applied_to_model():
+            assert all(torch.equal(p, a) for p, a in zip(trained, first, strict=True))
+        assert all(torch.equal(p, a + 1) for p, a in zip(trained, first))
+    average.update()
+    average.update()
+    left = 2 / 11 * 3 / 12  # of the way: decays (1 + n) / (10 + n)
+    assert all(torch.allclose(a, b + 1 - left, atol=1e-5) for a, b in zip(average.shadow.values(), first, strict=True))
+
+
+def toy(out, steps=12, event=None, at=0, width=16, dataset=None, **options):
+    """A small training -> its batches. At call `at` of the loss comes "stop", "nan loss" or "nan gradient"."""
+    torch.manual_seed(0)
+    model, schedule, batches = PointDenoiser(width), Schedule("cosine", "v_prediction"), []
+
+    def loss(net, batch):
+        batches.append(batch)
+        error = diffusion.loss(net, schedule, *batch)
+        if len(batches) != at:
+            return error
+        if event == "stop":
+            raise KeyboardInterrupt
+        if event == "nan loss":
+            return error * math.nan
+        return error + (net.arm.weight * 0).sqrt().sum()  # adds 0, with a gradient of NaN
+    defaults = dict(steps=steps, batch=8, lr=1e-3, device="cpu", save_every=4, report_every=2)
+    diffusion.fit(model, loss, dataset or Spiral(), out, **defaults | options)
+    return batches
+
+
+def steps_in_log(out):
+    return [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+class Noisy(Dataset):
+    """Random items, as augmentation makes them."""
+
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, index):
+        return torch.rand(2) + index, torch.randint(2, (1,))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("dataset", [Spiral(), Noisy()])
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, accumulate, dataset):
+    options = dict(dataset=dataset, accumulate=accumulate)
+    toy(tmp_path / "a", **options)
+    with pytest.raises(KeyboardInterrupt):
+        toy(tmp_path / "b", event="stop", at=7 * accumulate, **options)
+    (tmp_path / "b" / "log.jsonl").write_text("its lines are in state.pt too")
+    toy(tmp_path / "b", **options)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    assert steps_in_log(tmp_path / "a") == steps_in_log(tmp_path / "b") == [2, 4, 6, 8, 10, 12]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a complete run."""
+    out = tmp_path_factory.mktemp("run") / "toy"
+    toy(out, settings=dict(data="a"))
+    return out
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(steps=8), "steps 12 then, 8 now"), (dict(lr=2e-3), "lr 0.001 then, 0.002 now"), (dict(seed=1), "seed 0 then"),
+    (dict(batch=4), "batch 8 then"), (dict(accumulate=2), "accumulate 1 then"), (dict(width=8), "config .*16.* then"),
+    (dict(settings=dict(data="b")), "data a then, b now"),
+    (dict(settings=dict(data="a", init="x")), "init None then, x now")])
+def test_other_settings_do_not_resume(finished, change, words):
+    before = (finished / "state.pt").read_bytes()
+    with pytest.raises(ValueError, match=words):
+        toy(finished, **dict(settings=dict(data="a")) | change)
+    assert not toy(finished, settings=dict(data="a"))  # the same: no batch is left to do
+    assert (finished / "state.pt").read_bytes() == before
+
+
+class Boom:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+@pytest.mark.parametrize("content", ["pickle", "zip", "cut", "empty"])
+def test_a_state_that_is_none_is_refused_and_never_executed(finished, tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"settings": Boom()}, "zip")
+    contents = dict(pickle=pickle.dumps(Boom()), zip=(tmp_path / "zip").read_bytes(), empty=b"",
+                    cut=(finished / "state.pt").read_bytes()[:-500])
+    (tmp_path / "state.pt").write_bytes(contents[content])
+    with pytest.raises(ValueError, match="state.pt: not a state to resume") as error:
+        toy(tmp_path)
+    assert "\n" not in str(error.value) and not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("event, step, saved", [
+    ("nan loss", 7, True), ("nan gradient", 8, True), ("nan gradient", 4, False)])  # steps 4 and 8 save
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path, event, step, saved):
+    words = "The last good state is kept" if saved else "Nothing was saved yet"
+    with pytest.raises(ValueError, match=f"not finite at step {step}. {words}"):
+        toy(tmp_path, event=event, at=step)
+    assert (tmp_path / "state.pt").exists() == (tmp_path / "model.safetensors").exists() == saved
+    if saved:
+        diffusion.read_checkpoint(tmp_path, "PointDenoiser")  # raises if a weight is not finite
+        assert len(toy(tmp_path)) == 8  # it goes on from step 4
+
+
+@pytest.mark.parametrize("room, files", [
+    (0, []), (4000, ["log.jsonl"]), (12000, ["log.jsonl", "model.safetensors"])])
+def test_a_full_disk_ends_in_one_line(tmp_path, capsys, room, files):
+    """RLIMIT_FSIZE stands in for it: no file may grow over `room` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(SystemExit, match="too large") as end:
+            diffusion.run(lambda: toy(tmp_path / "out", 4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files  # no half of one
+    assert "\n" not in end.value.code
+
+
+def test_files_have_the_mode_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        toy(tmp_path, 4, picture=lambda model, path: path.touch(), measure=lambda model: dict(points=3))
+    finally:
+        os.umask(before)
+    names = ["log.jsonl", "model.safetensors", "samples.png", "state.pt"]
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(names, 0o640)
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["points"] == 3
+
+
+@pytest.mark.parametrize("dataset", [
+    Spiral(), Noisy(), TensorDataset(torch.randn(100, 2), torch.arange(100)[:, None] % 2)])
+def test_any_dataset_gives_the_same_items_for_any_number_of_workers(tmp_path, dataset):
+    runs = [toy(tmp_path / str(workers), 4, dataset=dataset, workers=workers) for workers in (0, 1)]
+    for ours, theirs in zip(*runs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    points, arm = (torch.cat(part) for part in zip(*runs[0]))
+    assert points.shape == (32, 2) and arm.shape == (32, 1) and len(points.unique(dim=0)) > 20
+
+
+def test_batches_of_text_reach_the_loss_as_they_are(tmp_path):
+    def loss(net, batch):
+        assert tuple(batch[1]) == ("a caption", "a caption")
+        return net.outer.bias.sum()
+    pairs = [(torch.ones(2), "a caption")] * 10
+    diffusion.fit(PointDenoiser(4), loss, pairs, tmp_path, steps=1, batch=2, lr=1e-3, device="cpu")
+
+
+def test_micro_batches_add_up_to_one_batch():
+    def loss(net, x):
+        return net(x).square().mean()
+    net, x = nn.Linear(3, 2), torch.randn(8, 3)
+    error = diffusion.accumulate_gradients(net, loss, x.split(2), torch.device("cpu"))
+    assert torch.allclose(error, loss(net, x))
+    for p, right in zip(net.parameters(), torch.autograd.grad(loss(net, x), net.parameters())):
+        assert torch.allclose(p.grad, right, atol=1e-6)
+
+
+def test_two_ranks_step_by_the_mean_of_their_gradients(tmp_path):
+    """Beside a loop without ranks, which takes the mean itself."""
+    finish(start(toy, tmp_path, 4, ranks=2))
+    torch.manual_seed(0)
+    net, schedule, spiral = PointDenoiser(16), Schedule("cosine", "v_prediction"), Spiral()
+    optimiser = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+    batches = [list(Batches(len(spiral), 8, 1, 0, 4, 0, rank)) for rank in range(2)]
+    for step in range(4):
+        optimiser.zero_grad()
+        for rank in range(2):
+            points, arm = torch.utils.data.default_collate([spiral[key] for key in batches[rank][step]])
+            torch.manual_seed(seed_of(0, step, rank, "noise"))
+            (diffusion.loss(net, schedule, points, arm) / 2).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimiser.param_groups[0]["lr"] = 1e-3 * (step + 1) / 100 * (1 + math.cos(math.pi * step / 4)) / 2
+        optimiser.step()
+    params = torch.load(tmp_path / "state.pt", weights_only=True)["average"]["params"]
+    assert all(torch.allclose(p, params[name], atol=1e-7) for name, p in net.named_parameters())
+    assert steps_in_log(tmp_path) == [2, 4]  # rank 0 alone writes
+
+
+# ---- diffusion.py: devices, checkpoints, the demo ----------------------------------------------------------
+
+def test_each_rank_takes_its_gpu_before_it_joins(monkeypatch):
+    for device in ("foo", "cuda:", "cpu:1", "cuda:x"):
+        with pytest.raises(ValueError, match=f"device {device}: not a device"):
+            setup(device)
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: calls.append(backend))
+    for name, value in dict(RANK="7", LOCAL_RANK="3", WORLD_SIZE="8").items():
+        monkeypatch.setenv(name, value)
+    assert setup() == (torch.device("cuda:3"), 7, 8) and calls == ["cuda:3", "nccl"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="device cuda:3: CUDA sees 2 GPUs"):
+        setup()
+
+
+def test_a_checkpoint_comes_back_and_others_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = PointDenoiser(8)
+    diffusion.save(model, "good")
+    again = diffusion.load(PointDenoiser, "good")
+    assert not again.training and all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    model.outer.bias.data[0] = math.nan
+    diffusion.save(model, "nan")
+    assert len(diffusion.weights_hash("good")) == 12 and diffusion.weights_hash("nan") != diffusion.weights_hash("good")
+    content = (tmp_path / "good" / "model.safetensors").read_bytes()
+    (tmp_path / "cut").write_bytes(content[:-20])
+    (tmp_path / "pickle").write_bytes(pickle.dumps(Boom()))
+    (tmp_path / "newer").write_bytes(content.replace(b"seggen-1", b"seggen-9"))
+    for path, words in dict(cut="cut short", pickle="never a pickle", newer="of format seggen-9", nan="not finite",
+                            missing="no such file").items():
+        with pytest.raises(ValueError, match=f"^{path}.*: .*{words}"):
+            diffusion.load(PointDenoiser, path)
+    with pytest.raises(ValueError, match="holds a PointDenoiser .*, not a Text2Mask"):
+        diffusion.read_checkpoint("good", "Text2Mask")
+    with pytest.raises(ValueError, match="good: not the weights of this PointDenoiser .*size mismatch"):
+        diffusion.load_strict(PointDenoiser(16), diffusion.read_checkpoint("good", "PointDenoiser")[1], "good")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_the_demo_draws_what_each_sampler_makes(tmp_path):
+    diffusion.main(["--steps", "5", "--out", str(tmp_path)])
+    assert Image.open(tmp_path / "samples.png").size == (800, 200)
+
+
+# ---- text2mask.py: the mask codec --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("K", [1, 2, 6, 13, 25, 62, 133, 150, 214])
+def test_codec_round_trip(K):
+    rng = np.random.default_rng(K)
+    ids = rng.integers(0, K + 1, (40, 50)).astype(np.uint8)
+    noisy_colours = encode(ids, K).astype(int) + rng.integers(-9, 10, (40, 50, 3))
+    assert len({tuple(colour) for colour in palette(K).tolist()}) == K + 2
+    assert (decode(encode(ids, K), K) == ids).all()
+    assert (decode(noisy_colours.clip(0, 255).astype(np.uint8), K) == ids).all()
+    middle = palette(K)[1:3].mean(0).astype(np.uint8)
+    assert decode(np.full((2, 2, 3), middle), K).max() == 0  # between two classes: void
+
+
+def test_components_equal_a_flood_fill():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        values = rng.integers(0, 3, rng.integers(1, 13, 2))
+        label = np.full(values.shape, -1)
+        for start in np.ndindex(values.shape):
+            todo = [start] if label[start] < 0 else []
+            while todo:
+                i, j = todo.pop()
+                inside = 0 <= i < values.shape[0] and 0 <= j < values.shape[1]
+                if inside and label[i, j] < 0 and values[i, j] == values[start]:
+                    label[i, j] = start[0] * values.shape[1] + start[1]
+                    todo += [(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)]
+        assert (components(values) == label).all()
+
+
+def test_clean_removes_specks_and_keeps_the_rest():
+    truth = np.ones((20, 20), np.uint8)
+    truth[:, 10:] = 2
+    ids = truth.copy()
+    ids[3:5, 3:5], ids[15, 15] = 3, 0
+    assert (clean(ids, 8) == truth).all() and (clean(ids, 4)[3:5, 3:5] == 3).all()
+    assert (grow(np.zeros((3, 3), bool), truth[:3, :3])[0] == truth[:3, :3]).all()  # nothing known: as it was
+
+
+def touching_things(h=32, w=32):
+    """(h, w) class ids and instances: two things side by side, of class 2 on class 1."""
+    ids, instances = np.ones((h, w), np.uint8), np.zeros((h, w), np.uint8)
+    ids[h // 4:h * 5 // 8, w // 8:w * 7 // 8] = 2
+    instances[ids == 2] = 1
+    instances[:, w // 2:] *= 2
+    return ids, instances
+
+
+def test_instances_come_back_from_their_outlines():
+    ids, instances = touching_things()
+    back, found = segments(outline(ids, instances, 2), [False, True])
+    assert (back == ids).mean() > 0.9 and found.max() == 2
+    assert len(set(zip(instances[10:18, 6:26].ravel(), found[10:18, 6:26].ravel()))) <= 4
+    assert segments(ids, [False, True])[1].max() == 1  # without edges they are one
+    assert (encode(ids, 2, instances) == palette(2)[outline(ids, instances, 2)]).all()
+
+
+# ---- text2mask.py: the data set ----------------------------------------------------------------------------
+
+def no_words(captions):
+    return torch.zeros(len(captions), 4, dtype=torch.long)
+
+
+def one_pair(root, ids, instances=None, image=None, caption="two balls"):
+    """A pair folder of one pair, with sky (stuff) and ball (a thing)."""
+    P.write_pair(root, "a", np.stack([90 * ids] * 3, -1) if image is None else image, ids, instances, [caption], K=2)
+    P.write_json(root / "classes.json", [{"name": "sky"}, {"name": "ball", "isthing": True}])
+    return PairFolder(root)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (72, 96), (256, 256), (768, 768)])
+def test_generators_train_on_the_outlines_that_synthesis_paints(tmp_path, size):
+    ids, instances = touching_things(480, 640)
+    codes = CaptionedPairs(one_pair(tmp_path, ids, instances), size, no_words, augment=False)[0, 0]["codes"].numpy()
+    crop = ResizeCrop(ids.shape, size)  # as ImgSyn crops
+    assert (codes == outline(crop(ids), crop(instances), 2)).all()
+    assert segments(codes.astype(np.uint8), [False, True])[1].max() == 2
+
+
+def test_photos_shrink_by_the_mean_and_grow_smoothly():
+    ramp = np.repeat(np.arange(0, 256, 32, dtype=np.uint8)[None], 8, 0)  # 8 grey levels, 8 x 8
+    half, double, photo = ResizeCrop((8, 8), (4, 4)), ResizeCrop((8, 8), (16, 16)), np.stack([ramp] * 3, -1)
+    assert half(photo)[0, :, 0].tolist() == [16, 80, 144, 208]
+    grown = double(photo)[0, 2:-2, 0].astype(int)
+    assert len(set(grown)) == len(grown) and (np.diff(grown) > 0).all()  # no steps of two equal pixels
+    assert set(np.unique(double(ramp))) | set(np.unique(half(ramp))) == set(np.unique(ramp))
+
+
+def test_the_crop_of_a_mirror_image_is_counted_in_it(tmp_path):
+    """Column x of a picture 64 wide has the value x: what is seen says where it was cut."""
+    ramp, mirrored = np.broadcast_to(np.arange(64, dtype=np.uint8), (32, 64)), set()
+    data = CaptionedPairs(one_pair(tmp_path, ramp % 3, image=np.stack([ramp] * 3, -1)), (32, 32), no_words)
+    for seed in range(40):
+        item = data[0, seed]
+        seen = ((item["image"][0, 0] + 1) * 127.5).round().int()  # (32,)
+        mirrored.add(mirror := bool(seen[0] > seen[-1]))
+        assert seen[0] == (63 - item["time_ids"][3] if mirror else item["time_ids"][3])
+        assert item["time_ids"][[0, 1, 2, 4, 5]].tolist() == [32, 64, 0, 32, 32]
+        assert torch.equal(item["codes"][0], seen.long() % 3)
+    assert mirrored == {True, False}
+
+
+@pytest.mark.parametrize("caption, views", [("a house on the left.", 1), ("Right: a tree", 1), ("a bright house", 2)])
+def test_captions_with_sides_are_never_mirrored(tmp_path, caption, views):
+    pairs = one_pair(tmp_path, touching_things()[0] * np.tri(32, dtype=np.uint8), caption=caption)
+    data = CaptionedPairs(pairs, (32, 32), no_words)
+    assert len({data[0, seed]["codes"].numpy().tobytes() for seed in range(12)}) == views
+
+
+def test_a_caption_is_chosen_or_composed(tmp_path):
+    pairs = one_pair(tmp_path, touching_things()[0], caption="one\ntwo")
+    data, fixed = (CaptionedPairs(pairs, (32, 32), list, augment) for augment in (True, False))
+    assert {data[0, seed]["tokens"] for seed in range(12)} == {"one", "two"} and fixed[0, 5]["tokens"] == "one"
+    (tmp_path / "captions" / "a.txt").unlink()
+    assert data[0, 0]["tokens"] == "a picture of sky, ball"
+
+
+# ---- text2mask.py, mask2img.py: the models -----------------------------------------------------------------
+
+def small_model(cls, classes, size=(16, 16)):
+    """A Text2Mask or Mask2Img of the tiny preset with random weights."""
+    torch.manual_seed(0)
+    tiny = nets.PRESETS["tiny"]
+    unet, text = nets.UNet(**tiny["unet"]), nets.TextEncoder(**tiny["text"])
+    base = TextToImage(unet, text, diffusion.Schedule(**mask2img.SCHEDULE), size)
+    if cls is Text2Mask:
+        return Text2Mask.from_base(base, size, classes)
+    controlnet = nets.ControlNet.from_unet(unet, **tiny["controlnet"] | dict(conditioning_channels=len(classes) + 2))
+    return Mask2Img(unet, text, base.schedule, controlnet, size, classes)
+
+
+def test_the_weighted_loss_is_least_at_the_true_shares():
+    """Rare codes weigh more while learning, and yet the logits that a network ends with are the log of the shares."""
+    counts, K = torch.tensor([0, 200, 40, 16, 0]), 3
+    codes = torch.repeat_interleave(torch.arange(K + 2), counts).view(1, 16, 16)
+    weights = text2mask.count_class_weights({(0, 0): dict(codes=codes)}, K + 2)
+    assert torch.allclose((weights * counts).sum(), torch.tensor(256.0)) and weights[0] == weights[4] == 1
+    assert weights[3] / weights[1] == pytest.approx(200 / 16)
+    model = small_model(Text2Mask, [dict(name=name, isthing=False) for name in "abc"])
+    batch = dict(codes=codes, tokens=no_words(["x"]), time_ids=torch.zeros(1, 6))
+    for model.class_weights in (weights, torch.ones(K + 2)):
+        for share, least in ((counts / 256, True), (torch.tensor([0, 0.5, 0.3, 0.2, 0]), False)):
+            z = (share + 1e-9).log().requires_grad_()
+            loss = model.loss(lambda x, *_: z.view(1, -1, 1, 1).expand(1, -1, *x.shape[2:]), batch, 0.0)
+            gradient, = torch.autograd.grad(loss, z)
+            assert (gradient.abs().max() < 1e-6) == least
+
+
+SHIPPED = REPO / "weights" / "shapes"
+WEIGHTS = ("--text2mask", SHIPPED / "text2mask", "--mask2img", SHIPPED / "mask2img")
+
+
+@pytest.mark.parametrize("cls, name", [(TextToImage, "base"), (Text2Mask, "text2mask"), (Mask2Img, "mask2img")])
+def test_the_shipped_weights_load_and_are_saved_as_they_were(tmp_path, cls, name):
+    diffusion.save(diffusion.load(cls, SHIPPED / name), tmp_path)
+    config, state = diffusion.read_checkpoint(SHIPPED / name, cls.__name__)
+    again, ours = diffusion.read_checkpoint(tmp_path, cls.__name__)
+    assert ours.keys() == state.keys() and all(torch.equal(ours[key], state[key]) for key in state)
+    assert again["schedule"].items() >= config.pop("schedule").items() and again.items() >= config.items()
+
+
+def test_a_sample_depends_on_its_own_caption_and_seed():
+    model, captions = diffusion.load(Text2Mask, SHIPPED / "text2mask"), ["a red house by the water", "two trees", ""]
+    together, maps = model.sample(captions, [1, 2, 3], steps=4, maps=True)
+    for i, caption in enumerate(captions):
+        assert (model.sample([caption], [i + 1], steps=4)[0] == together[i]).mean() > 0.99  # but for rounding
+    assert (model.sample(captions[:1], [2], steps=4)[0] != together[0]).mean() > 0.05
+    assert (decode(maps[0].clip(0, 255).round().astype(np.uint8), 13) == together[0]).mean() > 0.8
+
+
+# ---- masksyn.py, imgsyn.py: the chain ----------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The first scenes of the built-in data: 12 to train on and 4 of val."""
+    out = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "SPLITS", {"train": 12, "val": 4, "unseen": 0})
+        shapes.prepare(out, processes=1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def untrained(world, tmp_path_factory):
+    """A folder with t/ and m/: both generators with random weights, at 16 x 16."""
+    out, classes = tmp_path_factory.mktemp("untrained"), P.read_classes(world / "train")
+    diffusion.save(small_model(Text2Mask, classes), out / "t")
+    diffusion.save(small_model(Mask2Img, classes), out / "m")
+    return out
+
+
+def synthesis(module, data, models, *more):
+    """The arguments of `call` for two short pairs; --out is left out."""
+    more = (*(("--text2mask", models / "t", "--mask-steps", 2) if module is masksyn else ()), *more)
+    return module, "--data", data, "--mask2img", models / "m", "--limit", 2, "--steps", 2, "--device", "cpu", *more
+
+
+def test_generators_train_and_feed_both_syntheses(world, tmp_path):
+    """base -> text2mask, mask2img -> masksyn, imgsyn, at a size that is no square; the first one as a user calls it."""
+    flags = "--data", world, "--size", "32x16", "--steps", 2, "--batch", 2, "--limit", 4, "--device", "cpu"
+    script = [sys.executable, REPO / "mask2img.py", "base", "--split", "train", *flags]
+    subprocess.run(list(map(str, script)), cwd=tmp_path, check=True)
+    base = tmp_path / "out" / world.name / "base"
+    call(text2mask, "train", "--init", base, "--out", tmp_path / "t", "--edges", *flags)
+    call(mask2img, "train", "--init", base, "--out", tmp_path / "m", "--edges", *flags)
+    before, ours = (diffusion.read_checkpoint(*key)[1] for key in ((base, "TextToImage"), (tmp_path / "m", "Mask2Img")))
+    assert all(torch.equal(before[name], ours[name]) for name in before)  # the base stayed frozen
+    assert np.isfinite(json.loads((tmp_path / "m" / "log.jsonl").read_text())["condition_gap"])
+    for module, more in ((masksyn, ()), (imgsyn, ("--per-mask", 2))):
+        out = tmp_path / module.__name__
+        call(*synthesis(module, world, tmp_path, *more), "--out", out)
+        pairs = PairFolder(out)
+        assert len(pairs) == 2 + len(more) and pairs.read(0)["image"].shape == (16, 32, 3) and pairs.has_instances
+        assert pairs.captions(0)[0] == PairFolder(world / "train").captions(0)[0] and (out / "samples.png").exists()
+
+
+@pytest.mark.parametrize("per_source, batch, world_size", [(1, 4, 1), (3, 4, 2), (2, 16, 3)])
+def test_jobs_are_shared_out_and_more_of_them_leave_the_first_as_they_were(per_source, batch, world_size):
+    sources = [f"s{i}" for i in range(10)]
+    shares = [masksyn.split_jobs(sources, per_source, batch, rank, world_size) for rank in range(world_size)]
+    jobs = [job for share in shares for jobs in share for job in jobs]
+    assert sorted(jobs) == sorted((source, k) for source in sources for k in range(per_source))
+    single, more = (masksyn.split_jobs(sources, count, batch, 0, 1) for count in (per_source, per_source + 1))
+    longer = masksyn.split_jobs(sources * 2, 1, batch, 0, 1)
+    assert more[:-(-10 // batch) * per_source] == single and longer[:10 // batch] == single[:10 // batch]
+
+
+@pytest.mark.parametrize("module", [masksyn, imgsyn])
+def test_a_synthetic_folder_is_a_pair_folder_of_its_own(world, untrained, tmp_path, module):
+    """Without things in the data there is no instances/, and captions are composed where there are none."""
+    data, out, models = shutil.copytree(world, tmp_path / "data"), tmp_path / "out", tmp_path / "models"
+    classes = [c | {"isthing": False} for c in P.read_json(data / "train" / "classes.json")]
+    P.write_json(data / "train" / "classes.json", classes)
+    shutil.rmtree(data / "train" / "instances")
+    shutil.rmtree(data / "train" / "captions")
+    for cls, name in ((Text2Mask, "t"), (Mask2Img, "m")):
+        diffusion.save(small_model(cls, classes), models / name)
+    (out / "mine" / "deep").mkdir(parents=True)
+    (out / "mine" / "deep" / ".tmp1.txt").write_text("not ours")
+    (out / "mine" / ".tmp7.png").write_text("of a run that was killed")
+    call(*synthesis(module, data, models, "--out", out))
+    assert not (out / "instances").exists() and not (out / "mine" / ".tmp7.png").exists()
+    (out / "mine" / "deep" / ".tmp1.txt").unlink()  # raises if it is gone
+    assert P.read_json(out / "classes.json") == classes and PairFolder(out).captions(0)[0].startswith("a picture of ")
+    before = snapshot(out)
+    call(*synthesis(module, data, models, "--out", out))  # nothing to do
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("change", [
+    ("--seed", 1), ("--steps", 3), ("--prompt", "a house"), "caption", "mask", "weights"])
+def test_pairs_of_other_settings_data_or_weights_are_refused(world, untrained, tmp_path, change):
+    data, models = shutil.copytree(world, tmp_path / "data"), shutil.copytree(untrained, tmp_path / "models")
+    command = synthesis(masksyn, data, models, "--out", tmp_path / "out")
+    call(*command)
+    before = snapshot(tmp_path / "out")
+    if change == "caption":
+        (data / "train" / "captions" / "00005.txt").write_text("another caption\n")
+    elif change == "mask":
+        P.write_mask(data / "train" / "masks" / "00005.png", np.ones((64, 64), np.uint8), 13)
+    elif change == "weights":
+        model = diffusion.load(Mask2Img, models / "m")
+        model.unet.conv_out.bias.data += 1
+        diffusion.save(model, models / "m")
+    more = change if isinstance(change, tuple) else ()
+    assert "other settings, data or weights" in mistake(*command, *more) and snapshot(tmp_path / "out") == before
+
+
+def test_more_pairs_leave_the_first_as_they_were(world, untrained, tmp_path):
+    command = synthesis(masksyn, world, untrained, "--batch", 1, "--out", tmp_path)
+    call(*command)
+    before = snapshot(tmp_path / "images")
+    call(*command, "--limit", 3, "--per-caption", 2)
+    after = snapshot(tmp_path / "images")
+    assert len(after) == 6 and before.items() <= after.items()
+
+
+def test_generators_that_do_not_fit_are_refused(world, untrained, tmp_path):
+    classes = P.read_classes(world / "train")
+    diffusion.save(small_model(Mask2Img, classes, (16, 32)), tmp_path / "wide")
+    diffusion.save(small_model(Mask2Img, classes[::-1]), tmp_path / "other")
+    for name, words in (("wide", "Train both at one size"), ("other", "class 1 is person, where sky was expected")):
+        command = synthesis(masksyn, world, untrained, "--mask2img", tmp_path / name, "--out", tmp_path / "out")
+        assert words in mistake(*command) and not (tmp_path / "out").exists()
+
+
+def test_default_weights_are_the_given_the_shipped_then_the_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(masksyn, "ROOT", tmp_path)
+    shipped, find = tmp_path / "weights/shapes/text2mask", masksyn.find_weights
+    assert find("shapes", "text2mask", None) == Path("out/shapes/text2mask")
+    shipped.mkdir(parents=True)
+    (shipped / "model.safetensors").touch()
+    assert find("shapes", "text2mask", None) == shipped and find("shapes", "text2mask", Path("x")) == Path("x")
+    assert find("data/mine/", "text2mask", None) == Path("out/mine/text2mask")
+
+
+def test_a_prompt_is_painted_and_replaced_each_time(world, untrained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data, out = shutil.copytree(world, tmp_path / "data"), tmp_path / "out" / "data" / "prompt"
+    command = synthesis(masksyn, data, untrained, "--prompt")
+    call(*command, "a house and a zeppelin, a house", "--count", 3)
+    pairs = PairFolder(out)
+    assert len(pairs) == 3 and (out / "samples.png").exists()
+    assert len({pairs.read(i)["image"].tobytes() for i in range(3)}) == 3
+    assert pairs.captions(2) == ["a house and a zeppelin, a house"] and "holds: zeppelin. " in capsys.readouterr().out
+    call(*command, "a house", "--count", 1)
+    assert len(PairFolder(out)) == 1 and "holds" not in capsys.readouterr().out
+    before = snapshot(out)
+    assert "empty" in mistake(*command, "  ") and "fewer steps" in mistake(*command, "a tree", "--steps", 1001)
+    assert snapshot(out) == before  # a mistake replaces nothing
+    shutil.rmtree(data / "train" / "captions")
+    capsys.readouterr()
+    call(*command, "zeppelin", "--count", 1)
+    assert "holds" not in capsys.readouterr().out  # there are no captions to ask
+    call(*command, "zeppelin", "--count", 1, "--data", "elsewhere")  # nor is there any need of data
+    assert len(PairFolder(tmp_path / "out" / "elsewhere" / "prompt")) == 1
+    finish(begin((*command, "a tree", "--count", 2, "--batch", 1), out, ranks=2))
+    assert len(PairFolder(out)) == 2 and PairFolder(out).captions(0) == ["a tree"]
+
+
+def test_a_caption_and_a_mask_are_painted(tmp_path):
+    caption = "a red house by the water \u2014 na\u00efve caf\u00e9 \u65e5\u672c " * 9
+    flags = "--device", "cpu", "--steps", 2
+    call(text2mask, "sample", "--prompt", caption, "--size", "64x48", "--out", tmp_path, *flags)
+    assert {path.name for path in tmp_path.iterdir()} == {"mask.png", "colours.png", "legend.png"}
+    ids = P.read_ids(tmp_path / "mask.png", 13)
+    assert (np.asarray(Image.open(tmp_path / "colours.png")) == palette(13)[ids]).all() and ids.shape == (48, 64)
+    call(mask2img, "sample", "--mask", tmp_path / "mask.png", "--prompt", "a house", "--count", 2,
+         "--out", tmp_path / "deep" / "er", *flags)
+    sheet = np.asarray(Image.open(tmp_path / "deep" / "er" / "images.png"))
+    assert sheet.shape[1] > 3 * 128  # the mask and two images, enlarged
+    assert {tuple(c) for c in palette(13)[np.unique(ids)].tolist()} <= {tuple(c) for c in sheet.reshape(-1, 3).tolist()}
+
+
+# ---- resume, kill, ranks: every command that runs for long -------------------------------------------------
+
+TRAIN = ("--size", 16, "--limit", 4, "--batch", 2, "--steps", 6, "--save-every", 3, "--device", "cpu")
+
+
+def train_and_save_often(argv):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(T.RECIPES["tiny"], "save_every", 2)
+        T.main(argv)
+
+
+# name -> (data, folder of generators) -> the arguments of `call`; --out is left out.
+COMMANDS = {
+    "text2mask": lambda data, models: (text2mask, "train", "--data", data, *TRAIN),
+    "mask2img": lambda data, models: (mask2img, "train", "--data", data, *TRAIN),
+    "masksyn": lambda data, models: synthesis(masksyn, data, models, "--limit", 12, "--batch", 1),
+    "imgsyn": lambda data, models: synthesis(imgsyn, data, models, "--limit", 12, "--batch", 1),
+    "train": lambda data, models: (
+        SimpleNamespace(main=train_and_save_often), "--data", data, "--init", SHIPPED / "mask2former", "--task",
+        "panoptic", "--synth", data / "val", "--size", 32, "--steps", 6, "--batch", 1, "--accumulate", 2,
+        "--device", "cpu"),
+}
+each_command = pytest.mark.parametrize("name", COMMANDS)
+
+
+def begin(command, out, ranks=1):
+    """A command in processes of its own."""
+    module, *args = command
+    return start(module.main, [str(arg) for arg in (*args, "--out", out)], ranks=ranks)
+
+
+def begun(out):
+    """Whether a run that ends now leaves something to go on from."""
+    return (out / "state.pt").exists() or len(list(out.glob("images/[!.]*.png"))) > 1
+
+
+def kill_when_begun(command, out):
+    process, = begin(command, out)
+    while process.is_alive() and not begun(out):
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -9 and begun(out)  # it was caught in the middle
+
+
+def results(out):
+    """What must be the same in the end: all files but the optimiser's, and of the log the steps."""
+    files = snapshot(out)
+    steps = [json.loads(line)["step"] for line in files.pop("log.jsonl", b"").splitlines()]
+    return {name: content for name, content in files.items() if name != "state.pt"}, steps
+
+
+@pytest.fixture(scope="module")
+def complete(world, untrained, tmp_path_factory):
+    """complete(name) -> the command, and the results of its undisturbed run."""
+    @functools.cache
+    def run(name):
+        command, out = COMMANDS[name](world, untrained), tmp_path_factory.mktemp(name) / "out"
+        finish(begin(command, out))
+        return command, results(out)
+    return run
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def ctrl_c_when_begun(monkeypatch, out):
+    """Ctrl-C after the first save, or the second pair."""
+    def and_stop(function):
+        def wrapper(*args, **options):
+            function(*args, **options)
+            if begun(out):
+                raise KeyboardInterrupt
+        return wrapper
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(diffusion.RunFolder, "save", and_stop(diffusion.RunFolder.save))
+        patch.setattr(masksyn, "write_pair", and_stop(masksyn.write_pair))
+        yield
+    assert end.value.code == 130
+
+
+@each_command
+def test_a_stopped_command_goes_on_and_ends_the_same(complete, tmp_path, monkeypatch, capsys, one_thread, name):
+    command, expected = complete(name)
+    with ctrl_c_when_begun(monkeypatch, tmp_path):
+        P.run(lambda: call(*command, "--out", tmp_path))
+    assert "The same command goes on" in capsys.readouterr().err
+    call(*command, "--out", tmp_path)
+    assert results(tmp_path) == expected
+
+
+@each_command
+def test_a_killed_command_goes_on_and_ends_the_same(complete, tmp_path, name):
+    command, expected = complete(name)
+    kill_when_begun(command, tmp_path)
+    finish(begin(command, tmp_path))
+    assert results(tmp_path) == expected
+
+
+@each_command
+def test_two_ranks(complete, tmp_path, name):
+    """They write the pairs that one writes. A training of two is another one, and a single rank does not resume it."""
+    command, (files, steps) = complete(name)
+    finish(begin(command, tmp_path, ranks=2))
+    if "meta.json" in files:
+        assert results(tmp_path) == (files, steps)
+    else:
+        assert results(tmp_path)[1] == steps and results(tmp_path)[0] != files
+        assert "world 2 then, 1 now" in mistake(*command, "--out", tmp_path)
+    if name == "train":  # the ranks share the images of val
+        metrics, val = json.loads((tmp_path / "metrics.json").read_text())["val"], PairFolder(command[2] / "val")
+        assert metrics == pytest.approx(T.evaluate(m2f.load(tmp_path), val, "panoptic"), abs=0.05)
+        assert metrics["images"] == 4 and metrics["PQ"] > 10
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_load_what_the_main_process_loads(complete, tmp_path, one_thread, method):
+    command, expected = complete("text2mask")
+    default = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        call(*command, "--out", tmp_path, "--workers", 1)
+    finally:
+        multiprocessing.set_start_method(default, force=True)
+    assert results(tmp_path) == expected
+
+
+# ---- mistakes of users -------------------------------------------------------------------------------------
+
+def picture(path, change):
+    """Spoil a picture of the data set `world` in the current folder."""
+    return lambda: change(Image.open(f"world/{path}")).save(f"world/{path}")
+
+
+def classes(split, *names):
+    return lambda: P.write_json(f"world/{split}/classes.json", [{"name": name} for name in names])
+
+
+IMAGE, MASK, INSTANCES = (f"train/{part}/00000.png" for part in ("images", "masks", "instances"))
+# What comes before the flags of a row.
+FLAGS = {"train": TRAIN, "base": TRAIN, "sample": ("--steps", 2), "imgsyn": ("--limit", 2, "--steps", 2, *WEIGHTS[2:]),
+         "masksyn": ("--limit", 2, "--steps", 2, *WEIGHTS)}
+
+# What is spoiled, the command, words of the message.
+MISTAKES = [
+    (lambda: os.remove(f"world/{MASK}"), "mask2img train", "masks: 00000 is missing"),
+    (lambda: os.remove(f"world/{IMAGE}"), "masksyn", "images: 00000 is missing"),
+    (classes("train", *map(str, range(215))), "text2mask train", "215 classes"),
+    (classes("train", "sky"), "masksyn", "13 classes instead of 1"),
+    (classes("val", "fog"), "mask2img train", "val: class 1 is fog, where sky was expected"),
+    (lambda: Path("world", IMAGE).write_text("no picture"), "mask2img train", "00000.png: not a readable picture"),
+    (picture(MASK, lambda mask: mask.convert("RGB")), "imgsyn", "mode RGB"),
+    (picture(MASK, lambda mask: mask.resize((32, 32))), "mask2img train", "32 x 32 pixels, its image 64 x 64"),
+    (picture(MASK, lambda mask: Image.new("L", (64, 64), 99)), "imgsyn", "holds the id 99, where 0 to 13"),
+    (picture(INSTANCES, lambda _: Image.new("L", (64, 60))), "text2mask train --edges", "64 x 60 pixels"),
+    (picture(INSTANCES, lambda _: Image.new("I;16", (64, 64), 256)), "mask2img train --edges", "holds the id 256"),
+    (None, "masksyn --data nowhere", "nowhere: no data set"),
+    (None, "imgsyn --split test", "test: no such folder. The splits there are: train, val"),
+    (None, "mask2img base", "unlabelled: no such folder"),
+    (None, "masksyn --steps 1001", "1001 sampling steps"),
+    (None, "imgsyn --steps 100000000000000000000", "Use fewer steps"),
+    (None, "masksyn --device foo", "device foo"),
+    (None, "imgsyn --out world/train", "no meta.json of a synthesis"),
+    (None, "masksyn --out world/train/classes.json", "classes.json"),
+    (None, "imgsyn --mask2img nothing", "nothing: no such file. Train a Mask2Img"),
+    (None, f"masksyn --text2mask {SHIPPED / 'mask2img'}", "holds a Mask2Img of format seggen-1, not a Text2Mask"),
+    (None, "text2mask train --size 20", "size 20 x 20: not a multiple of 8"),
+    (None, "text2mask train --init nothing", "no such file. Train a TextToImage"),
+    (None, f"text2mask train --init {SHIPPED / 'mask2img'}", "not a TextToImage"),
+    (None, "mask2img train --controlnet nothing", "--controlnet with SDXL"),
+    (None, "text2mask sample --prompt x --size 65", "not a multiple of 8"),
+    (None, "mask2img sample --mask nothing.png", "nothing.png: not a readable picture"),
+    (None, f"mask2img sample --mask world/{IMAGE}", "mode RGB"),
+    (picture(MASK, lambda _: Image.new("L", (60, 64))), f"mask2img sample --mask world/{MASK}", "60 x 64 pixels"),
+    (picture(MASK, lambda _: Image.new("L", (64, 64), 14)), f"mask2img sample --mask world/{MASK}", "holds the id 14"),
+]
+
+
+@pytest.mark.parametrize("spoil, command, words", MISTAKES)
+def test_a_mistake_ends_in_one_line_and_leaves_nothing(world, tmp_path, monkeypatch, spoil, command, words):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world, "world")
+    if spoil:
+        spoil()
+    before = snapshot(tmp_path)
+    name, *args = command.split()
+    verb = [args.pop(0)] if name in ("text2mask", "mask2img") else []
+    data = ["--data", "world"] if verb != ["sample"] else []
+    flags = *data, "--out", "out", "--device", "cpu", *FLAGS[(verb or [name])[0]], *args
+    assert words in mistake(sys.modules[name], *verb, *flags)
+    assert snapshot(tmp_path) == before and not Path("out").exists()
+
+
+@pytest.mark.parametrize("module, flags", [
+    (text2mask, "train --lr nan"), (text2mask, "train --size 9000"), (text2mask, "sample --prompt x --guidance nan"),
+    (mask2img, "train --workers -1"), (mask2img, "sample --mask x --guidance -1"), (mask2img, "base --init x"),
+    (masksyn, "--limit 0"), (masksyn, "--limit -3"), (masksyn, "--guidance inf"), (imgsyn, "--per-mask 0"),
+    (T, "--steps -3"), (T, "--p-synth 1.5"), (T, "--seed -1"), (T, "--size 0"), (C, "--seeds 0 -1")])
+def test_flags_that_are_no_numbers_are_refused(module, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        module.main(flags.split())
+    assert stop.value.code == 2 and flags.split()[-1] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_worker_that_reads_a_bad_picture_ends_in_one_line(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(PairFolder, "keep", lambda pairs: None)  # as with sets that do not fit into memory
+    data = shutil.copytree(world, tmp_path / "data")
+    for path in (data / "train" / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    line = mistake(mask2img, "train", "--data", data, *TRAIN, "--workers", 1, "--out", tmp_path / "out")
+    assert ".png: not a readable picture" in line
+
+
+def test_a_base_or_data_of_the_same_name_but_changed_does_not_resume(world, tmp_path):
+    data, base = shutil.copytree(world, tmp_path / "data"), shutil.copytree(SHIPPED / "base", tmp_path / "base")
+    flags = "--data", data, "--init", base, *TRAIN, "--limit", 12, "--steps", 2, "--unfreeze", "--out", tmp_path / "m"
+    command = mask2img, "train", *flags
+    call(*command)
+    before = snapshot(tmp_path / "m")
+    call(*command)  # nothing to do, nothing to refuse
+    model, trained = diffusion.load(TextToImage, base), diffusion.load(Mask2Img, tmp_path / "m")
+    assert not torch.equal(model.unet.conv_in.weight, trained.unet.conv_in.weight)  # --unfreeze trains the base
+    model.unet.conv_out.bias.data += 1
+    diffusion.save(model, base)
+    assert f"(init {base}" in (line := mistake(*command)) and line.count(" then, ") == 1
+    shutil.copy(SHIPPED / "base" / "model.safetensors", base)
+    for part in ("images", "masks", "instances", "captions"):
+        next((data / "train" / part).glob("00011.*")).unlink()
+    assert "(pairs 12 pairs" in (line := mistake(*command)) and ", 11 pairs" in line
+    assert snapshot(tmp_path / "m") == before
+
+
+# ---- paper scale: a folder of SDXL, at toy widths ----------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three pairs of 48 x 48 with two captions each, and a val."""
+    out, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split in ("train", "val"):
+        classes = [{"name": name, "isthing": name == "cat"} for name in ("sky", "mat", "cat", "fog")]
+        P.write_json(out / split / "classes.json", classes)
+        for i in range(3):
+            ids, instances = (np.roll(part, 5 * i, 1) for part in touching_things(48, 48))
+            image = (60 * ids[..., None] + rng.integers(0, 60, (48, 48, 3))).astype(np.uint8)
+            captions = ["a cat on the mat", "a red and white mat"]
+            P.write_pair(out / split, f"{i:03d}", image, ids + 1, instances, captions, K=4)
+    return out
+
+
+def paper(module, base, photos, **flags):
+    """The arguments of `call` for a small training on a folder of SDXL; --out is left out."""
+    flags = dict(init=base, data=photos, size=48, batch=2, steps=2, workers=0, device="cpu") | flags
+    flags = [(f"--{key.replace('_', '-')}", value) for key, value in flags.items()]
+    return module, "train", *sum(flags, ())
+
+
+@pytest.fixture(scope="module")
+def on_sdxl(sdxl, photos, tmp_path_factory):
+    """A folder with t/ and m/: both generators, trained two steps on the small SDXL."""
+    out = tmp_path_factory.mktemp("on_sdxl")
+    call(*paper(text2mask, sdxl / "base", photos), "--out", out / "t")
+    call(*paper(mask2img, sdxl / "base", photos), "--out", out / "m")
+    return out
+
+
+@pytest.mark.peer
+def test_what_is_trained_on_sdxl_opens_in_the_public_library(on_sdxl):
+    import diffusers
+    models = diffusion.load(Text2Mask, on_sdxl / "t"), diffusion.load(Mask2Img, on_sdxl / "m")
+    assert models[0].text is models[1].text and models[0].vae is models[1].vae  # once in memory
+    for name, part, cls in (("t", "unet.", diffusers.UNet2DConditionModel),
+                            ("m", "controlnet.", diffusers.ControlNetModel)):
+        average = torch.load(on_sdxl / name / "state.pt", weights_only=True)["average"]
+        theirs = cls.from_pretrained(on_sdxl / name, low_cpu_mem_usage=False).state_dict()
+        assert {part + key for key in theirs} == set(average["params"]) == set(average["shadow"])
+        assert all(torch.equal(p, average["shadow"][part + key]) for key, p in theirs.items())
+    unet = models[1].unet.state_dict()
+    for key, p in theirs.items():  # 2 steps of 1e-5 from a copy, or from zero
+        if key in unet or ".conv_out." in key or key.startswith(("controlnet_down", "controlnet_mid")):
+            assert (p - unet.get(key, 0)).abs().max() < 1e-4, key
+
+
+@pytest.mark.peer
+def test_sdxl_feeds_both_syntheses(on_sdxl, photos, tmp_path):
+    text, encoded = diffusion.load(Text2Mask, on_sdxl / "t").text, []
+    hook = text.register_forward_hook(lambda module, args, out: encoded.append(len(args[0])))
+    call(*synthesis(masksyn, photos, on_sdxl, "--limit", 3, "--out", tmp_path / "masksyn"))
+    hook.remove()
+    assert encoded == [1, 1] * 2  # the caption of all pairs and none, once each
+    call(*synthesis(imgsyn, photos, on_sdxl, "--out", tmp_path / "imgsyn"))
+    for name, count in (("masksyn", 3), ("imgsyn", 2)):
+        pairs = PairFolder(tmp_path / name)
+        assert len(pairs) == count and pairs.read(0)["image"].shape == (48, 48, 3)
+        assert pairs.captions(0) == ["a cat on the mat"]
+    flags = "--steps", 2, "--out", tmp_path, "--device", "cpu"
+    call(text2mask, "sample", "--init", on_sdxl / "t", "--prompt", "a cat", *flags)
+    call(mask2img, "sample", "--init", on_sdxl / "m", "--mask", tmp_path / "mask.png", "--count", 1, *flags)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"mask.png", "colours.png", "legend.png", "images.png"}
+
+
+@pytest.mark.peer
+@torch.no_grad()
+def test_the_public_pipeline_paints_our_image(sdxl, on_sdxl, tmp_path):
+    import diffusers
+    model = diffusion.load(Mask2Img, on_sdxl / "m")
+    noisy(model.controlnet, seed=5)  # two steps from zero would hide its work
+    model.controlnet.controlnet_cond_embedding.conv_out.weight.data *= 30
+    diffusion.save(model, tmp_path)
+    pipe = diffusers.StableDiffusionXLControlNetPipeline.from_pretrained(
+        sdxl / "base", controlnet=diffusers.ControlNetModel.from_pretrained(tmp_path), add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    cond = model.condition(torch.randint(0, 5, (1, 48, 48), generator=torch.Generator().manual_seed(0)))
+    noise = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(7))
+    for guidance in (4.0, 1.0):
+        ours = model.generate(["a red cat"], [7], 8, guidance, "euler", (48, 48), (cond,), (cond,))
+        theirs = pipe("a red cat", image=cond, height=48, width=48, num_inference_steps=8, guidance_scale=guidance,
+                      latents=noise, output_type="pt").images
+        assert ((ours / 2 + 0.5).clamp(0, 1) - theirs).abs().max() < 1e-3
+        assert ours.clamp(-1, 1).std() > 0.05  # a picture, not one colour
+    other = model.generate(["a red cat"], [7], 8, 1.0, "euler", (48, 48), (cond.flip(3),))
+    assert (other - ours).abs().max() > 1e-2  # the mask matters
+
+
+@pytest.mark.peer
+def test_a_public_controlnet_is_trained_on(sdxl, photos, tmp_path):
+    import diffusers
+    unet = diffusers.UNet2DConditionModel.from_pretrained(sdxl / "base" / "unet")
+    theirs = noisy(diffusers.ControlNetModel.from_unet(unet), seed=4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    config = dict(theirs.config) | dict(transformer_layers_per_block=(1, 1))
+    diffusers.ControlNetModel.from_config(config).save_pretrained(tmp_path / "shallow")
+    command = paper(mask2img, sdxl / "base", photos, steps=1, lr=1e-12)
+    call(*command, "--controlnet", tmp_path / "theirs", "--out", tmp_path / "m")
+    ours = diffusion.load(Mask2Img, tmp_path / "m").controlnet.state_dict()
+    assert ours.keys() == theirs.state_dict().keys()
+    assert all(torch.allclose(p, ours[name], atol=1e-6) for name, p in theirs.state_dict().items())
+    line = mistake(*command, "--controlnet", tmp_path / "shallow", "--out", tmp_path / "out")
+    assert "shallow: not the weights of this ControlNet" in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.peer
+def test_a_stopped_sdxl_training_resumes_bit_for_bit(sdxl, photos, tmp_path, monkeypatch):
+    command = paper(text2mask, sdxl / "base", photos, lr=1e-3, save_every=1)
+    call(*command, "--out", tmp_path / "a")
+    with ctrl_c_when_begun(monkeypatch, tmp_path / "b"):
+        P.run(lambda: call(*command, "--out", tmp_path / "b"))
+    assert results(tmp_path / "b") != results(tmp_path / "a")
+    call(*command, "--out", tmp_path / "b")
+    assert results(tmp_path / "b") == results(tmp_path / "a")
+
+
+@pytest.mark.peer
+def test_bf16_as_on_a_gpu(sdxl, photos, on_sdxl, tmp_path, monkeypatch):
+    """What CUDA does, on the CPU: autocast in training, frozen weights and sampling in bf16, VAE fp32."""
+    monkeypatch.setattr(text2mask, "read_frozen", text2mask.read_frozen.__wrapped__)  # not the shared fp32 ones
+    images, args = [], (["a red cat"], [7], 4, 3.0, "dpm++", (48, 48))
+    for kind in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(diffusion, "precision", lambda device: kind)
+        model = diffusion.load(Mask2Img, on_sdxl / "m")  # the same network in both
+        cond = model.condition(torch.arange(48 * 48).reshape(1, 48, 48) % 5)
+        images.append(model.generate(*args, (cond,), (cond,)))
+    assert 0 < error(images[1], images[0]) < 0.05
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusion, "autocast", None)  # bf16 weights are sampled without
+        assert torch.equal(model.generate(*args, (cond,), (cond,)), images[1])
+    kinds = {name: {p.dtype for p in part.parameters()} for name, part in model.named_children()}
+    assert kinds == dict(unet={kind}, text={kind}, vae={torch.float32}, controlnet={kind})
+    for module, name in ((text2mask, "t"), (mask2img, "m")):
+        call(*paper(module, sdxl / "base", photos), "--out", tmp_path / name)
+        loss, right = (json.loads((out / name / "log.jsonl").read_text())["loss"] for out in (tmp_path, on_sdxl))
+        assert loss != right and abs(loss - right) < 0.05 * right
+        state = torch.load(tmp_path / name / "state.pt", weights_only=True)
+        assert all(p.dtype == torch.float32 for p in state["average"]["params"].values())  # what is trained stays fp32
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("part, more, words", [
+    ("unet/config.json", (), "unet/config.json"), ("scheduler", (), "scheduler: no such folder"),
+    (None, ("--size", 44), "size 44 x 44: not a multiple of 8"),
+    (None, ("--controlnet", "nothing"), "nothing: no weights"), (None, ("--unfreeze",), "--unfreeze")])
+def test_what_does_not_go_with_sdxl_is_refused(sdxl, photos, tmp_path, part, more, words):
+    base = shutil.copytree(sdxl / "base", tmp_path / "base")
+    if part:
+        (base / part).rename(tmp_path / "gone")
+    assert words in mistake(*paper(mask2img, base, photos), *more, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_defaults_follow_the_base(tmp_path, monkeypatch):
+    (tmp_path / "model_index.json").touch()  # the layout of a public pipeline
+    seen, sdxl = [], ("--init", tmp_path)
+    monkeypatch.setattr(text2mask, "train", seen.append)
+    for flags, expected in (((), ((64, 64), 5000, 16, 2e-3, 0)), (sdxl, ((768, 768), 30_000, 4, 1e-5, 4)),
+                            ((*sdxl, "--lr", 3e-6, "--size", "96x72"), ((72, 96), 30_000, 4, 3e-6, 4))):
+        call(text2mask, "train", *flags)
+        text2mask.apply_recipe(seen[-1])
+        assert tuple(getattr(seen[-1], key) for key in ("size", "steps", "batch", "lr", "workers")) == expected
+
+
+# ---- the generators on CUDA --------------------------------------------------------------------------------
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("stage", ["mask2img.py base --split train --size 32", "text2mask.py train --size 32",
-                                   "mask2img.py train --size 32", "train.py --splits val --task panoptic"])
-def test_mixed_precision_learns_as_fp32_on_the_cpu(shapes, tmp_path, stage, compiled):
+@pytest.mark.parametrize("command", [
+    (mask2img, "base", "--split", "train"), (text2mask, "train"), (mask2img, "train"), (T, "--task", "panoptic")])
+def test_mixed_precision_learns_as_fp32_on_the_cpu(world, tmp_path, command, compiled):
     """The first 50 steps of a training: weights stay fp32; the mean loss is the same but for other noise."""
     losses = []
     for device in ("cpu", "cuda"):
-        more = ["--compile"] if compiled and device == "cuda" else []
-        out = tmp_path / device
-        script(*stage.split(), "--data", shapes, "--device", device, "--batch", 4, "--steps", 50, "--out", out, *more)
+        out, more = tmp_path / device, ["--compile"] if compiled and device == "cuda" else []
+        flags = "--data", world, "--size", 32, "--batch", 4, "--steps", 50, "--device", device, "--out", out
+        call(*command, *flags, *more)
         losses.append(json.loads((out / "log.jsonl").read_text().splitlines()[0])["loss"])
         state = torch.load(out / "state.pt", weights_only=True, map_location="cpu")
-        assert all(t.dtype != torch.bfloat16 for t in state["model"].values())
+        params = state["model"] if "model" in state else state["average"]["params"]
+        assert {p.dtype for p in params.values()} == {torch.float32}
     assert abs(losses[0] - losses[1]) < 0.2 * losses[0], losses
 
 
-@gpu
-def test_a_gpu_paints_what_the_cpu_paints(shapes, tmp_path):
-    """Each sample's noise is drawn on the CPU, so that the shipped weights give the same pairs but for rounding."""
+@pytest.mark.gpu
+def test_a_gpu_paints_what_the_cpu_paints(world, tmp_path):
+    """Each sample's noise comes from the CPU, so that the shipped weights give the same pairs but for rounding."""
     for device in ("cpu", "cuda"):
-        script("masksyn.py", "--data", shapes, *demo(), "--limit", 8, "--device", device, "--out", tmp_path / device)
-    same = apart = 0
-    for path in sorted((tmp_path / "cpu/masks").iterdir()):
-        masks, images = ([np.asarray(Image.open(tmp_path / device / part / path.name).convert(kind)).astype(int)
-                          for device in ("cpu", "cuda")] for part, kind in (("masks", "P"), ("images", "RGB")))
-        same, apart = same + (masks[0] == masks[1]).mean() / 8, apart + np.abs(images[0] - images[1]).mean() / 8
+        call(masksyn, "--data", world, *WEIGHTS, "--limit", 8, "--device", device, "--out", tmp_path / device)
+    ours, theirs = PairFolder(tmp_path / "cuda"), PairFolder(tmp_path / "cpu")
+    same = np.mean([ours.read(i)["ids"] == theirs.read(i)["ids"] for i in range(8)])
+    apart = np.mean([np.abs(ours.read(i)["image"].astype(int) - theirs.read(i)["image"]) for i in range(8)])
     assert same > 0.97 and apart < 4, (same, apart)
 
 
-@gpu
-def test_a_gpu_run_that_was_stopped_goes_on(shapes, tmp_path):
+@pytest.mark.gpu
+def test_a_gpu_training_that_was_killed_goes_on(world, tmp_path):
     """Some kernels add in no fixed order: to rounding, not bit for bit."""
-    flags = ["text2mask.py", "train", "--data", shapes, "--size", 32, "--batch", 4, "--save-every", 10, "--device", "cuda"]
-    script(*flags, "--steps", 20, "--out", tmp_path / "whole")
-    kill = "import diffusion, os\nsave = diffusion.save_state\ndef stop(*a):\n    save(*a)\n    os._exit(9)\n" \
-           "diffusion.save_state = stop\nimport text2mask\ntext2mask.main()"
-    argv = [sys.executable, "-c", kill, *map(str, flags[1:]), "--steps", "20", "--out", str(tmp_path / "cut")]
-    assert subprocess.run(argv, cwd=REPO, capture_output=True).returncode == 9
-    assert torch.load(tmp_path / "cut/state.pt", weights_only=True, map_location="cpu")["step"] == 10
-    script(*flags, "--steps", 20, "--out", tmp_path / "cut")
-    whole, cut = (torch.load(tmp_path / out / "state.pt", weights_only=True, map_location="cpu")["model"]
-                  for out in ("whole", "cut"))
-    assert all(error(cut[name].float(), t.float()) < 0.02 for name, t in whole.items() if t.abs().max() > 0)
+    command = text2mask, "train", "--data", world, *TRAIN, "--steps", 30, "--save-every", 10, "--device", "cuda"
+    call(*command, "--out", tmp_path / "a")
+    kill_when_begun(command, tmp_path / "b")
+    call(*command, "--out", tmp_path / "b")
+    a, b = (torch.load(tmp_path / out / "state.pt", weights_only=True, map_location="cpu")["average"]["params"]
+            for out in "ab")
+    assert all(error(b[name], p) < 0.02 for name, p in a.items() if p.abs().max() > 0)
 
 
-@gpu
-def test_a_forward_pass_never_waits_for_the_gpu():
-    """The model queues its work; the loss has to wait once, for matching's costs on the CPU."""
+# ---- mask2former.py ----------------------------------------------------------------------------------------
+
+
+TOY = dict(m2f.PRESETS["tiny"], queries=12, isthing=[False, True, True])
+
+
+def toy_model(**changes):
     torch.manual_seed(0)
-    model, x = m2f.Mask2Former(3, **TOY).cuda(), torch.rand(2, 3, 64, 64, device="cuda")
-    goal = [{"labels": torch.tensor([0, 2]).cuda(), "masks": torch.zeros(2, 64, 64, dtype=torch.bool).cuda()}] * 2
-    model.loss(model(x), goal)[0].backward()
-    torch.cuda.synchronize()
+    return m2f.Mask2Former(3, **{**TOY, **changes})
+
+
+def some_targets(*labels, size=(32, 32)):
+    """Targets whose masks are 16 blocks, there or not."""
+    blocks = torch.empty(len(labels), 4, 4).uniform_() > 0.6
+    rows, columns = (torch.arange(n) * 4 // n for n in size)
+    return {"labels": torch.tensor(labels, dtype=torch.long), "masks": blocks[:, rows][:, :, columns]}
+
+
+def equal_points(*size, device="cpu", **options):
+    """Stands in for torch.rand: the same points for every mask, in any order of the calls."""
+    generator = torch.Generator().manual_seed(size[-2])
+    return torch.empty(1, *size[-2:]).uniform_(generator=generator).repeat(*size[:-2], 1, 1).to(device)
+
+
+def brute_force(cost):
+    n, m = cost.shape
+    return min(itertools.permutations(range(m), n), key=lambda columns: cost[range(n), list(columns)].sum())
+
+
+def textbook(cost):
+    """One problem, by dynamic programming: the cheapest way to give the rows so far just these columns."""
+    best = {frozenset(): (0, [])}
+    for row in cost:
+        longer = [(total + price, [*columns, j]) for total, columns in best.values()
+                  for j, price in enumerate(row) if j not in columns]
+        best = {frozenset(columns): (total, columns) for total, columns in sorted(longer, reverse=True)}
+    return min(best.values())[1]
+
+
+@pytest.mark.parametrize("solve, largest, turns", [
+    (brute_force, 6, 60), (textbook, 9, 30), pytest.param(lambda cost: pytest.importorskip(
+        "scipy.optimize").linear_sum_assignment(cost)[1], 60, 30, marks=pytest.mark.peer)])
+def test_hungarian_equals(solve, largest, turns):
+    """10 problems of several heights side by side: random, with ties, rows that all want the same column."""
+    rng = np.random.default_rng(0)
+    for turn in range(turns):
+        n = int(rng.integers(0, largest))
+        m, rows = int(rng.integers(n, largest + 1)), rng.integers(0, n + 1, 10)
+        cost = rng.normal(size=(10, n, m))
+        cost = (cost, np.round(cost), 1e-3 * cost + rng.normal(size=(10, 1, m)))[turn % 3]
+        for c, k, columns in zip(cost, rows, m2f.hungarian(cost, rows)):
+            assert len(set(columns[:k])) == k and (columns[:k] >= 0).all() and (columns[k:] == -1).all()
+            best = c[range(k), list(solve(c[:k]))].sum() if k else 0
+            assert c[range(k), columns[:k]].sum() == pytest.approx(best, abs=1e-7)
+
+
+@torch.no_grad()
+def test_deformable_attention_equals_a_slow_loop():
+    """A point reads the pixels less than one row and one column away, by (1 - |dx|) (1 - |dy|)."""
+    torch.manual_seed(0)
+    layer, sizes, N, heads = m2f.DeformableAttention(8, 2), [(2, 3), (4, 5), (7, 9)], 89, 2
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.7)
+    x, code, centres = torch.randn(1, N, 8), torch.randn(1, N, 8), torch.rand(N, 2)
+    query, value = (x + code)[0], layer.value(x)[0].view(N, heads, 4)
+    offsets = layer.offsets(query).view(N, heads, 3, 4, 2)
+    weights = layer.weights(query).view(N, heads, 12).softmax(-1).view(N, heads, 3, 4)
+    slow, maps = torch.zeros(N, heads, 4), value.split([6, 20, 63])
+    for n, m, level, p in itertools.product(range(N), range(heads), range(3), range(4)):
+        h, w = sizes[level]
+        column, row = centres[n] * torch.tensor([w, h]) - 0.5 + offsets[n, m, level, p]
+        near = F.relu(1 - (torch.arange(h) - row).abs()).outer(F.relu(1 - (torch.arange(w) - column).abs()))
+        slow[n, m] += weights[n, m, level, p] * near.flatten() @ maps[level][:, m]
+    assert torch.allclose(layer(x, code, centres, sizes)[0], layer.out(slow.flatten(1)), atol=1e-4)
+
+
+def test_big_maps_are_read_again_in_the_backward_pass(monkeypatch):
+    inputs = torch.rand(1, 32, 9, 9), torch.rand(1, 4, 33_000, 2), torch.rand(1, 1, 4, 33_000)
+    inputs = [x.requires_grad_() for x in inputs]
+    read, reads, grads = m2f.read_points, [], []
+    monkeypatch.setattr(m2f, "read_points", lambda *a: reads.append(a) or read(*a))
+    for function in (read, m2f.DeformableAttention(32, 1).read):
+        grads.append(torch.autograd.grad(function(*inputs).pow(2).sum(), inputs))
+    assert len(reads) == 2 and all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_sizes_and_first_weights_are_the_originals():
+    """Millions of parameters by the paper; xavier_uniform and c2_xavier_fill in the pixel decoder."""
+    with torch.device("meta"):
+        models = [m2f.Mask2Former(133, **preset) for name, preset in m2f.PRESETS.items() if name != "tiny"]
+    assert [round(sum(p.numel() for p in m.parameters()) / 1e6) for m in models] == [44, 63, 47, 69, 107, 216]
+    net = m2f.PixelDecoder((64, 128, 256, 512), layers=1)
+    cases = [(conv, 6 / (conv.in_channels + 256)) for conv, _ in net.inputs]
+    cases += [(conv, 3 / conv.weight[0].numel()) for conv in (net.lateral[0], net.smooth[0], net.masks)]
+    for conv, square in cases:
+        assert 0.99 * square < conv.weight.pow(2).max() <= square * (1 + 1e-6)
+        assert conv.bias is None or not conv.bias.any()
+
+
+@pytest.mark.parametrize("name, labels", [("tiny", [0, 2]), ("resnet50", [1]), ("swin_t", [])])
+def test_backbones_compute_a_batch_as_its_images_and_train_in_bf16(name, labels):
+    """The loss is in fp32, and finite for masks without a pixel (resnet50) and no targets (swin_t) too."""
+    model, x = toy_model(backbone=name).eval(), torch.rand(2, 3, 64, 64)
+    truth = [some_targets(), some_targets(*labels)]
+    truth[1]["masks"] &= name == "tiny"
+    for a, b in zip(model(x), model(x[1:]), strict=True):
+        assert torch.allclose(a["class_logits"][1:], b["class_logits"], atol=1e-4)
+        assert torch.allclose(m2f.mask_logits(a)[1:], m2f.mask_logits(b), atol=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert name != "resnet50" or model.backbone(x)[0].dtype == torch.bfloat16  # frozen norms keep it
+        loss, parts = model.loss(model.train()(x), truth)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(sum(parts.values()).item(), rel=1e-5)
+    assert (parts["mask"] + parts["dice"] > 0) == (len(labels) > 0)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("task, labels, areas", [("semantic", [0, 1, 2], [2, 4, 1]), (
+    "panoptic", [0, 1, 1, 2], [2, 1, 2, 1]), ("instance", [1, 1, 2], [1, 2, 1])])
+def test_targets_of_a_task(task, labels, areas):
+    ids, parts = np.array([[0, 1, 1, 2], [2, 2, 2, 3]]), np.array([[9, 5, 6, 1], [2, 2, 255, 1]])
+    truth, empty = (m2f.targets(i, p, TOY["isthing"], task) for i, p in ((ids, parts), (0 * ids, None)))
+    assert truth["labels"].tolist() == labels and truth["masks"].sum((1, 2)).tolist() == areas
+    assert empty["labels"].shape == (0,) and empty["masks"].shape == (0, 2, 4)
+    assert truth["masks"].dtype == empty["masks"].dtype == torch.bool
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6])
+def test_of_too_many_targets_the_costliest_are_left_out(monkeypatch, scale):
+    """4 queries; one image has 9 targets, the other 1. The cheapest assignment counts, and nothing else."""
+    monkeypatch.setattr(torch, "rand", equal_points)
+    torch.manual_seed(0)
+    loss, truth = m2f.SetLoss(3, points=256), [some_targets(*[0, 1, 2] * 3), some_targets(2)]
+    logits, embed, features = torch.randn(1, 2, 4, 4), scale * torch.randn(1, 2, 4, 8), torch.rand(2, 8, 9, 9)
+    outputs = [{"class_logits": logits[0], "mask_embed": embed[0], "features": features}]
+    inputs = logits, embed, features, [t["labels"] for t in truth], [t["masks"].float() for t in truth], None
+    cost, other_cost = (loss.costs(image, *inputs)[0].numpy() for image in (0, 1))  # (Q, 9), (Q, 1)
+    query = loss.match(*inputs)[0].numpy()  # (10,)
+    kept = np.flatnonzero(query[:9] >= 0)
+    assert sorted(query[kept]) == [0, 1, 2, 3] and query[9] == other_cost.argmin()
+    assert cost[query[kept], kept].sum() == pytest.approx(cost[range(4), brute_force(cost)].sum(), rel=1e-5)
+    _, all_ten = loss(outputs, truth, num_masks=9)
+    truth[0] = {name: value[kept] for name, value in truth[0].items()}
+    _, only_five = loss(outputs, truth, num_masks=9)
+    assert all(all_ten[k] > 0 and torch.allclose(all_ten[k], only_five[k]) for k in all_ten)
+
+
+def test_valid_leaves_void_out_of_the_mask_losses():
+    """Masks that differ only in void pixels; an image without "valid" beside one that has it."""
+    model, losses = toy_model(), []
+    outputs, valid = model(torch.rand(2, 3, 32, 32)), torch.arange(32).expand(32, 32).T < 16
+    mask, other = torch.zeros(2, 1, 32, 32, dtype=torch.bool)
+    mask[:, :16, :16] = other[:, :16, :16] = other[:, 20:] = True
+    for first, second in (({}, {"masks": mask, "valid": valid}), ({}, {"masks": other}),
+                          ({"valid": valid | True}, {"masks": other, "valid": valid})):
+        torch.manual_seed(1)
+        _, parts = model.loss(outputs, [some_targets() | first, some_targets(0) | second])
+        losses.append(torch.stack([parts["mask"], parts["dice"]]))
+    assert torch.allclose(losses[0], losses[2]) and not torch.isclose(losses[0], losses[1]).any()
+
+
+@pytest.mark.parametrize("task", m2f.TASKS)
+@pytest.mark.parametrize("size, resized", [((1, 1), (40, 40)), ((1, 70), (2, 160)), ((47, 61), (40, 52))])
+@torch.no_grad()
+def test_any_image_size(task, size, resized):
+    """PIL, bytes and floats give the same; ids and instances are what the segments say, the surest on top."""
+    model = toy_model()
+    model.decoder.classes.weight.mul_(20)  # surer of its classes
+    pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    assert m2f.resize(image / 255, 40).shape[1:] == resized  # a thin one grows up to a limit
+    results = [m2f.predict(model, x, task) for x in (Image.fromarray(pixels), image, image / 255)]
+    assert all(torch.equal(r[0], results[0][0]) and torch.equal(r[1], results[0][1]) for r in results)
+    for ids, instances, segments in (results[0], m2f.predict(model, image, task, short=40)):
+        scores, want = [s["score"] for s in segments], torch.zeros(2, *size, dtype=torch.long)
+        assert scores == ([None] * len(scores) if task == "semantic" else sorted(scores, reverse=True))
+        for s in reversed([s for s in segments if task != "instance" or s["score"] > 0.5]):
+            assert task == "instance" or not want[0][s["mask"]].any()  # no overlap
+            want[0][s["mask"]] = s["class"]
+            want[1][s["mask"]] = task != "semantic" and TOY["isthing"][s["class"] - 1]
+        assert torch.equal(ids, want[0]) and torch.equal((instances > 0).long(), want[1])
+
+
+@torch.no_grad()
+def test_scales_and_flips_equal_a_slow_loop():
+    """The image in two sizes, mirrored and not, padded with the mean colour; scores query by query."""
+    model, scores, (H, W) = toy_model().eval(), 0, (50, 73)
+    torch.nn.init.normal_(model.decoder.classes.weight, std=0.3)
+    model.decoder.masks[4].weight.mul_(30)  # classes that differ by place
+    image = F.interpolate(torch.rand(1, 3, 4, 6), (H, W), mode="bicubic")[0].clamp(0, 1)
+    for (h, w), mirror in itertools.product([(25, 36), (50, 73)], (False, True)):
+        scaled = F.interpolate(image[None], (h, w), mode="bilinear", antialias=True)[0].clamp(0, 1)
+        padded = torch.tensor(m2f.MEAN)[:, None, None].repeat(1, -(-h // 16) * 16, -(-w // 16) * 16)
+        padded[:, :h, :w] = scaled.flip(2) if mirror else scaled
+        output = model(padded[None])[-1]
+        for classes, mask in zip(output["class_logits"][0].softmax(1), m2f.mask_logits(output)[0]):
+            mask = F.interpolate(mask[None, None], padded.shape[1:], mode="bilinear")[..., :h, :w]
+            mask = F.interpolate(mask, (H, W), mode="bilinear")[0, 0].sigmoid()
+            scores = scores + classes[:-1, None, None] * (mask.flip(1) if mirror else mask)
+    ids, _, _ = m2f.predict(model, image, "semantic", scales=(0.5, 1.0), flip=True)
+    assert len(ids.unique()) > 1 and (ids == scores.argmax(0) + 1).float().mean() > 0.999  # ties may differ
+
+
+@pytest.mark.peer
+def test_outputs_loss_and_gradients_equal_transformers(tmp_path, monkeypatch, request):
+    """Ours loads the folder of theirs. In double precision, rounding moves no ReLU or mask across zero."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(torch, "rand", equal_points)
+    torch.manual_seed(0)
+    swin = transformers.SwinConfig(**m2f.SWINS["swin_t"] | {"window_size": 7}, out_indices=[1, 2, 3, 4])
+    config = transformers.Mask2FormerConfig(backbone_config=swin, num_labels=7, train_num_points=1024)
+    theirs = transformers.Mask2FormerForUniversalSegmentation(config).eval()
+    for p in theirs.parameters():
+        p.data += torch.randn_like(p) * 0.02
+    theirs.save_pretrained(folder := tmp_path / "mask2former-swin-tiny-coco-instance")
+    ours = m2f.load(folder)
+    assert [ours.config[k] for k in ("task", "backbone", "num_classes")] == ["instance", "swin_t", 7]
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    torch.set_default_dtype(torch.float64)
+    theirs.double()
+    ours.double().loss.points = 1024  # the official ones have more
+    for size in ((128, 96), (5, 90), (37, 74)):
+        x, truth = torch.randn(2, 3, *size), [some_targets(0, 5, 5, size=size), some_targets(6, size=size)]
+        last = theirs((x - ours.mean) / ours.std, mask_labels=[t["masks"].double() for t in truth],
+                      class_labels=[t["labels"] for t in truth], output_auxiliary_logits=True)
+        outputs = ours(x)
+        for a, b in zip([*last.auxiliary_logits, last], outputs, strict=True):
+            assert torch.allclose(a["class_queries_logits"], b["class_logits"], 1e-6)
+            assert torch.allclose(a["masks_queries_logits"], m2f.mask_logits(b), 1e-6)
+        loss, _ = ours.loss(outputs, truth)
+        assert abs(last.loss - loss) < 1e-6 * loss
+    (last.loss + loss).backward()
+    for p in theirs.parameters():  # gradients saved as if they were weights: our loader gives them our names
+        p.data = (torch.zeros_like(p) if p.grad is None else p.grad).float()
+    theirs.save_pretrained(tmp_path)
+    for want, p in zip(m2f.load(tmp_path).parameters(), ours.parameters(), strict=True):
+        assert (want - p.grad).norm() < 1e-4 * want.norm() + 1e-9
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("seed", range(3))
+def test_postprocessing_equals_transformers(seed):
+    """Saturated logits of overlapping boxes, like a trained network's. Theirs also fills pixels of no mask."""
+    processor = pytest.importorskip("transformers").Mask2FormerImageProcessor()
+    rng, size, isthing = np.random.default_rng(seed), (384, 384), [False] * 3 + [True] * 3
+    masks, logits = torch.full((20, *size), -12.0), torch.zeros(20, 7)
+    for q, (y, x, h, w) in enumerate(rng.integers((0, 0, 32, 32), (288, 288, 96, 96), (20, 4))):
+        masks[q, y:y + h, x:x + w] = 12 + q * 0.1
+        logits[q, rng.integers(0, 7)] = 5 + 5 * rng.random()
+    prediction = {"class_logits": logits, "mask_logits": masks, "padded": size, "size": size}
+    both = SimpleNamespace(class_queries_logits=logits[None], masks_queries_logits=masks[None])
+
+    def triples(segments):
+        return sorted((k, round(score, 4), mask.bool().numpy().tobytes()) for k, score, mask in segments)
+
+    ids, _, _ = m2f.postprocess(prediction, size, "semantic", isthing)
+    assert torch.equal(ids, processor.post_process_semantic_segmentation(both)[0] + 1)
+    theirs = processor.post_process_panoptic_segmentation(both, threshold=0.8, label_ids_to_fuse=set())[0]
+    number = theirs["segmentation"] * (masks[logits.softmax(1)[:, :6].amax(1) > 0.8] > 0).any(0)
+    want = triples((s["label_id"] + 1, s["score"], number == s["id"]) for s in theirs["segments_info"])
+    ids, _, found = m2f.postprocess(prediction, size, "panoptic", [True] * 6)
+    assert triples(s.values() for s in found) == want and torch.equal(ids > 0, number > 0)
+    fused, instances, found = m2f.postprocess(prediction, size, "panoptic", isthing)
+    assert torch.equal(fused, ids) and torch.equal(instances > 0, ids > 3)
+    assert all(s["class"] > 3 or torch.equal(s["mask"], ids == s["class"]) for s in found)
+    assert instances.max() == sum(k > 3 for k, _, _ in want)
+    theirs = processor.post_process_instance_segmentation(both, threshold=0.0, return_binary_maps=True)[0]
+    infos = zip(theirs["segments_info"], theirs["segmentation"])
+    want = triples((s["label_id"] + 1, s["score"], mask) for s, mask in infos)
+    for things in ([True] * 6, isthing):
+        _, _, found = m2f.postprocess(prediction, size, "instance", things, top=20)
+        assert triples(s.values() for s in found) == [triple for triple in want if things[triple[0] - 1]]
+
+
+def test_save_and_load(tmp_path):
+    model = toy_model(class_names=["a", "b", "c"], task="instance").half()
+    m2f.save(model, path := tmp_path / "a/model.safetensors")
+    again = m2f.load(tmp_path / "a")
+    assert again.config == model.config and not again.training
+    assert m2f.load(path, "semantic").config["task"] == "semantic"
+    assert all(torch.equal(p.float(), again.state_dict()[key]) for key, p in model.state_dict().items())
+    os.umask(umask := os.umask(0))
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    with pytest.raises(OSError, match="No space"), m2f.atomic_write(tmp_path / "a/x.png") as temporary:
+        temporary.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    assert os.listdir(tmp_path / "a") == ["model.safetensors"]
+    assert m2f.load(Path(m2f.__file__).parent / "weights/shapes/mask2former").config["num_classes"] == 13
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """A folder with images, weights of ours, and others with a config.json, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text('{"pre_norm":false,"backbone_config":{"embed_dim":96,"hidden_act":"gelu"}}')
+    m2f.save_file({"x": torch.zeros(1)}, "hub.safetensors")
+    m2f.save(toy_model(class_names=["sky", "house", "tree"], task="semantic"), "w/model.safetensors")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for mode in ("RGB", "L", "RGBA", "P"):
+        image.convert(mode).save(f"{mode}.png")
+    exif = image.getexif()
+    exif[0x0112] = 6  # held upright
+    image.resize((64, 32)).save("photo.jpg", exif=exif)
+    image.resize((3000, 20)).save("wide.png")
+
+
+def test_the_command_draws_overlays(desk, capsys):
+    for task in ([], ["--task", "instance"], ["--task", "panoptic"]):
+        m2f.main([*map(str, Path().glob("*.*g")), "--weights", "w", "--out", f"out{len(task)}", *task])
+    assert "3000 x 20" in capsys.readouterr().out
+    assert sorted(Image.open(p).size for p in Path("out0").iterdir()) == [(320, 640), *4 * [(640, 640)], (1333, 9)]
+    before = Image.open("RGB.png").resize((640, 640), Image.BICUBIC)  # every pixel is tinted
+    assert (np.asarray(before) != np.asarray(Image.open("out0/RGB.png"))).any(2).mean() > 0.9
+    grey = np.arange(0, 65536, 1024).reshape(8, 8)
+    for dtype in (np.uint16, np.int32):  # 16 bits are scaled, not clipped
+        assert (np.asarray(m2f.rgb(Image.fromarray(grey.astype(dtype)))) == (grey >> 8)[..., None]).all()
+
+
+@pytest.mark.parametrize("spoil, call, words", [
+    (("w/model.safetensors", b"decoder", b""), [], "model.safetensors: not a complete safetensors file"),
+    (("w/model.safetensors", b"Mask2Former", b"MaskXFormer"), [], "weights of a MaskXFormer"),
+    (("w/model.safetensors", b"decoder.level", b"decoder.lever"), [], "decoder.level"),
+    (None, ["--weights", "P.png"], "P.png: not a safetensors file"),
+    (("config.json", b"}", b""), ["--weights", "hub.safetensors"], "config.json: not JSON"),
+    (("config.json", b"false", b"true"), ["--weights", "hub.safetensors"], "pre_norm is True"),
+    (("config.json", b"gelu", b"relu"), ["--weights", "hub.safetensors"], "hidden_act is relu"),
+    (("config.json", b"96", b"95"), ["--weights", "hub.safetensors"], "Known are swin_t"),
+    (("L.png", b"PNG", b"no"), [], "L.png: not a readable image"),
+    (None, ["--device", "foo"], "foo: no such device"),
+    (None, ["--out", "P.png"], "P.png"),
+    (None, ["--out", "."], "Choose another folder"),
+    (None, ["b/L.jpg"], "Choose another folder"),
+    (None, lambda: m2f.hungarian(np.zeros((1, 3, 2))), "3 rows for 2 columns"),
+    (None, lambda: m2f.hungarian(np.array([[[1.0, np.nan]]])), "finite"),
+    (None, lambda: m2f.targets(np.full((2, 2), 9), None, TOY["isthing"], "panoptic"), "class id 9"),
+    (None, lambda: m2f.predict(toy_model(), torch.rand(3, 32, 32), "dance"), "dance: no such task"),
+    (None, lambda: m2f.predict(toy_model(), torch.rand(3, 32, 32), "instance", flip=True), "scales"),
+    (None, lambda: m2f.Mask2Former(3, backbone="swin_x"), "swin_x: no such backbone")])
+def test_a_mistake_ends_in_one_line_and_writes_nothing(desk, spoil, call, words):
+    file, old, new = spoil or ("L.png", b"", b"")
+    Path(file).write_bytes(Path(file).read_bytes().replace(old, new))
+    before = {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
+    with pytest.raises(SystemExit) as error:
+        m2f.run(call if callable(call) else lambda: m2f.main(["--weights", "w", "--out", "o", *call, "L.png"]))
+    assert words in error.value.code and "\n" not in error.value.code
+    assert {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")} == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["tiny", "resnet50", "swin_t"])
+def test_mask2former_agrees_with_the_cpu(name, monkeypatch, request):
+    """Rounding may open pixels of masked attention: gradients are one vector. A forward pass never waits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch, "rand", equal_points)
+    torch.manual_seed(0)
+    model, results = m2f.Mask2Former(3, **m2f.PRESETS[name] | {"points": 1024}).eval(), []
+    x, truth = torch.randn(2, 3, 64, 64), [some_targets(0, 2, 2), some_targets(1)]
+    for device in ("cpu", "cuda"):
+        x = x.to(device)
+        outputs = model.to(device)(x)
+        loss, _ = model.loss(outputs, truth)
+        grads = torch.cat([g.flatten().cpu() for g in torch.autograd.grad(loss, list(model.parameters()))])
+        results.append((loss.item(), grads, m2f.mask_logits(outputs[-1]).detach().cpu()))
+    (a, g, m), (b, h, n) = results
+    assert abs(a - b) < 1e-3 * a and (m - n).abs().max() < 1e-2 * m.abs().max()
+    assert F.cosine_similarity(g, h, 0) > 0.999
+    request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
     torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.autocast("cuda", torch.bfloat16):
-            outputs = model(x)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.isfinite(model.loss(outputs, goal)[0])
+    model(x)
+
+
+# ---- train.py, bench/compare.py, bench/camvid.py -----------------------------------------------------------
+
+
+SEGMENTER = SHIPPED / "mask2former"
+
+
+def train_on(pairs, out, flags, **changes):
+    """What `python train.py` with these flags trains on real pairs; changes: of the settings."""
+    args = T.parse(T.flags(), ["--device", "cpu", *flags.split()])
+    return T.train_segmenter(args, T.settings(args, pairs, []) | changes, pairs, [], out)
+
+
+def add_mistakes(ids, instances, isthing, rng):
+    """The maps of a pair -> (prediction, truth): void and a crowd are added, and all kinds of mistakes."""
+    first, second = np.flatnonzero(isthing)[:2] + 1
+    ids[:9, :14] = 0
+    ids[-12:, :20], instances[-12:, :20] = first, CROWD
+    shift = rng.integers(-2, 3, 2)
+    found, numbers = (np.roll(part, shift, (0, 1)).astype(np.int64) for part in (ids, instances))
+    found[found == rng.choice(found.ravel())] = second
+    numbers[numbers == 2] = 1
+    found[20:26, 20:40] = 0
+    if rng.random() < 0.5:
+        found[:9, :14], numbers[:9, :14] = second, 40  # in the void: not false
+    if rng.random() < 0.7:
+        found[-12:, :20], numbers[-12:, :20] = rng.choice([first, second]), 41  # false if of another class
+    return (found, numbers, []), (ids, instances)
+
+
+@pytest.fixture(scope="module", params=["world", pytest.param("coco_sample", marks=pytest.mark.real)])
+def judged(request):
+    """The classes, and (prediction, truth) of 12 pairs; COCO's at a quarter of the resolution."""
+    folder, step = request.param, 4 if request.param == "coco_sample" else 1
+    pairs, rng = PairFolder(request.getfixturevalue(folder) / "train", limit=12), np.random.default_rng(0)
+    isthing = [c["isthing"] for c in pairs.classes]
+    maps = [[pairs.read(i)[part][::step, ::step].copy() for part in ("ids", "instances")] for i in range(12)]
+    return pairs.classes, [add_mistakes(*both, isthing, rng) for both in maps]
+
+
+def measure(Meter, classes, cases):
+    """The metric of (prediction, truth) pairs, as two ranks and one without images would measure it."""
+    meters = [Meter(classes) for _ in range(3)]
+    for i, case in enumerate(cases):
+        meters[i % 2].add(*case)
+    for other in meters[1:]:
+        meters[0].merge(other)
+    return meters[0].result()
+
+
+def slow_miou(cases, isthing):
+    """From boolean masks, class by class."""
+    found, true = (np.concatenate([case[i][0].ravel() for case in cases]) for i in (0, 1))
+    found, true = found[true > 0], true[true > 0]
+    masks = [(found == k, true == k) for k in range(1, len(isthing) + 1)]
+    hits, unions, sizes = np.array([((f & t).sum(), (f | t).sum(), t.sum()) for f, t in masks if t.any()]).T
+    return {"mIoU": 100 * (hits / unions).mean(), "fwIoU": 100 * (hits / unions) @ sizes / len(true),
+            "mACC": 100 * (hits / sizes).mean(), "pACC": 100 * (found == true).mean(),
+            "absent": len(isthing) - len(hits)}
+
+
+def slow_pq(cases, isthing):
+    """From boolean masks, segment by segment, straight from the definition."""
+    def masks(ids, numbers):
+        keys = {(k, n * isthing[k - 1]) for k, n in zip(ids[ids > 0].tolist(), numbers[ids > 0].tolist())}
+        return {(k, n): (ids == k) & ((numbers == n) | (not isthing[k - 1])) for k, n in keys}
+
+    iou, hits, false, missed = np.zeros((4, len(isthing)))  # by class
+    for prediction, (ids, instances) in cases:
+        found, true, void = masks(*prediction[:2]), masks(ids, instances), ids == 0
+        crowds = {key[0]: true.pop(key) for key in list(true) if key[1] == CROWD}
+        for (k, _), t in true.items():
+            same = {key: f for key, f in found.items() if key[0] == k}
+            ious = {key: (f & t).sum() / ((f | t) & ~(f & void)).sum() for key, f in same.items()}
+            partners = [key for key, value in ious.items() if value > 0.5]
+            missed[k - 1] += not partners
+            for key in partners:
+                hits[k - 1] += 1
+                iou[k - 1] += ious[key]
+                del found[key]
+        for (k, _), f in found.items():
+            false[k - 1] += (f & (void | crowds.get(k, False))).sum() <= 0.5 * f.sum()
+    total, things, result = hits + false / 2 + missed / 2, np.array(isthing), {}
+    for ending, kind in (("", True), ("_things", things), ("_stuff", ~things)):
+        seen = (total > 0) & kind
+        result["PQ" + ending] = 100 * (iou[seen] / total[seen]).mean()
+        result["SQ" + ending] = 100 * (iou[seen] / hits[seen].clip(1)).mean()
+        result["RQ" + ending] = 100 * (hits[seen] / total[seen]).mean()
+    return result
+
+
+@pytest.mark.parametrize("Meter, slow", [(T.MeanIoU, slow_miou), (T.PanopticQuality, slow_pq)])
+def test_a_metric_equals_its_definition(judged, Meter, slow):
+    classes, cases = judged
+    result = measure(Meter, classes, cases)
+    assert result == pytest.approx(slow(cases, [c["isthing"] for c in classes]))
+    assert 5 < result[T.SCORE[Meter.task]] < 95
+
+
+def cocos_ap(truth, predictions):
+    """What COCO's tool says of the files that export.py writes for two pair folders -> {name: percent}."""
+    for folder in (truth, predictions):
+        call(export, folder)
+    coco, result = COCO(truth / "coco/instances.json"), {}
+    for kind, ending in (("segm", ""), ("bbox", "_box")):
+        judge = COCOeval(coco, coco.loadRes(str(predictions / "coco/results.json")), kind)
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+        names = "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"
+        result |= {name + ending: 100 * v if v >= 0 else None for name, v in zip(names, judge.stats.tolist())}
+    return result
+
+
+@pytest.mark.parametrize("task, short, multi_scale, Meters", [
+    ("semantic", None, False, [T.MeanIoU]), ("semantic", None, True, [T.MeanIoU]),
+    ("instance", 48, False, [T.AveragePrecision]),
+    ("panoptic", None, False, [T.MeanIoU, T.AveragePrecision, T.PanopticQuality])])
+def test_evaluation_equals_one_prediction_after_the_other(world, tmp_path, task, short, multi_scale, Meters):
+    """Of images of two sizes, with a crowd. The written predictions are these, and COCO's tool finds the same AP."""
+    pair, path = PairFolder(world / "val").read(0), shutil.copytree(world / "val", tmp_path / "val")
+    image, ids, instances = (pair[part][:40, :36] for part in ("image", "ids", "instances"))
+    ids[-9:, :9], instances[-9:, :9] = 12, CROWD
+    P.write_pair(path, "00000x", image, ids, instances, K=13)
+    model, pairs, expected = m2f.load(SEGMENTER, task), PairFolder(path), {"images": 5}
+    options = dict(scales=(0.5, 0.75, 1, 1.25, 1.5, 1.75), flip=True) if multi_scale else dict(short=short)
+    for Meter in Meters:
+        found = [T.to_arrays(*m2f.predict(model, T.to_tensor(pair["image"]) / 255, Meter.task, **options))
+                 for pair in map(pairs.read, range(5))]
+        true = [(pair["ids"], pair["instances"]) for pair in map(pairs.read, range(5))]
+        expected |= measure(Meter, pairs.classes, zip(found, true))
+    result = T.evaluate(model, pairs, task, short and (short, 192), 0, 1, multi_scale, tmp_path / "p")
+    assert result == pytest.approx(expected, abs=1e-6) and result[T.SCORE[task]] > 5
+    for name, maps in zip(pairs.names, found):  # of the last meter, the task's
+        for part, numbers in zip(("masks", "instances")[:1 + (task != "semantic")], maps):
+            assert (np.asarray(Image.open(tmp_path / f"p/{part}/{name}.png")) == numbers).all()
+    if task != "semantic":
+        ap = cocos_ap(path, tmp_path / "p")
+        assert {name: result[name] for name in ap} == pytest.approx(ap) and 1 < ap["AP"] < 99
+
+
+def test_batches_mix_real_and_synthetic_pairs(world):
+    real, synth = PairFolder(world / "train", limit=4), PairFolder(world / "val")
+    batches, halves = T.Batches(real, [synth]), T.Batches(real, [synth], steps=10, pretrain=True)
+    torch.manual_seed(0)
+    sources = [batches.choose(n, 0)[0] is synth for n in range(2000)]
+    assert abs(np.mean(sources) - 0.6) < 0.04
+    assert [halves.choose(n, 0)[0] is synth for n in range(10)] == [True] * 5 + [False] * 5
+    ranks = [T.Batches(real, batch=2, rank=rank, world=2) for rank in range(2)]
+    order = [ranks[rank].choose(n, i)[1] for n in range(8) for rank in range(2) for i in range(2)]
+    passes = [tuple(order[n:n + 4]) for n in range(0, 32, 4)]  # each sees every real pair once
+    assert all(sorted(one) == [0, 1, 2, 3] for one in passes) and len(set(passes)) > 1
+
+    def content(n, **options):
+        images, truth = T.Batches(real, [synth], size=(32, 32), **options)[n]
+        return images.tolist(), [{name: part.tolist() for name, part in target.items()} for target in truth]
+    assert content(3) == content(3) and content(3) != content(4)  # a function of number, seed and rank
+    assert content(3) != content(3, seed=1) and content(3) != content(3, rank=1, world=2)
+    assert "valid" in content(0)[1][0] and "valid" not in content(0, recipe="coco")[1][0]
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "ade20k", "coco"])
+def test_image_and_maps_are_augmented_together(recipe):
+    """A picture of two reddish greys, one for each class: colours change, and red stays the strongest."""
+    ids, instances = touching_things(48, 48)
+    ids = 3 * ids - 2  # 1 and 4: a blend would be neither
+    image = tv_tensors.Image(torch.tensor(np.stack([30 * ids + 30, 30 * ids, 30 * ids])))
+    maps, shades = tv_tensors.Mask(torch.tensor(np.stack([ids, instances]))), set()
+    torch.manual_seed(0)
+    for _ in range(10):
+        found, labels = T.augmentation(recipe, 64, 32)(image, maps)
+        inside, (dark, bright) = labels[0] > 0, (found[1, labels[0] == k].float() for k in (1, 4))
+        assert found.shape[1:] == labels.shape[1:] == (64, 32) and found[:, inside].float().sum(1).argmax() == 0
+        assert set(labels[0].unique().tolist()) <= {0, 1, 4} and set(labels[1].unique().tolist()) <= {0, 1, 2}
+        if min(len(dark), len(bright)) > 100:
+            middle = (dark.median() + bright.median()) / 2
+            assert (dark < middle).float().mean() > 0.75 and (bright > middle).float().mean() > 0.75
+            shades.add(dark.median().item())
+        assert recipe != "coco" or (found[0, ~inside] == 128).float().mean() > 0.6 or inside.all()
+    assert len(shades) > 3 if recipe != "coco" else shades == {30}
+
+
+@pytest.mark.parametrize("flags, ranks, size, sides, batch", [
+    ("--batch 3 --accumulate 2", 4, [48, 48], None, 3), ("--size 64x48", 1, (48, 64), (48, 192), 8),
+    ("--recipe ade20k", 8, (512, 512), (512, 2048), 2),
+    ("--recipe coco --size 512 --accumulate 4", 2, (512, 512), (800, 1333), 2),
+    ("--recipe coco --accumulate 4", 16, (1024, 1024), (800, 1333), 1)])
+def test_sizes_and_batch_of_the_recipes(tmp_path, flags, ranks, size, sides, batch):
+    args = T.parse(T.flags(), flags.split())
+    args.world = ranks
+    cfg = T.settings(args, one_pair(tmp_path, *touching_things(40, 40)), [])
+    assert (cfg["size"], args.sides, cfg["batch"]) == (size, sides, batch)
+    assert T.augmentation("coco", 64, 32).transforms[1].target_size == (32, 64)  # torchvision's (W, H)
+
+
+def test_help_shows_the_recipes(capsys):
+    with pytest.raises(SystemExit):
+        T.main(["-h"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "tiny: preset tiny, steps 1000, batch 8" in text and "coco: preset resnet50, steps 368750" in text
+
+
+def test_optimiser_and_schedules_are_the_originals():
+    """Decay 0.05 but on norms, embeddings and Swin's bias tables; the backbone at a tenth; the rates."""
+    model = m2f.Mask2Former(3, "swin_t", queries=4, encoder_layers=1, decoder_layers=1)
+    groups = T.make_optimiser(model, 1e-4).param_groups
+    assert all(group["lr"] == 1e-4 and group["betas"] == (0.9, 0.999) for group in groups)
+    rates = {id(p): (group["weight_decay"], group["scale"]) for group in groups for p in group["params"]}
+    fixed = r"norm|inputs\.\d\.1|lateral\.1|smooth\.1|features\.0\.2|_table|^decoder\.(queries|places|level)$"
+    for name, p in model.named_parameters():
+        decay, scale = 0 if re.search(fixed, name) else 0.05, 0.1 if name.startswith("backbone.") else 1
+        assert rates[id(p)] == (decay, scale), name
+    for name, shares in (("coco", {0: 1, 327_777: 1, 327_778: 0.1, 355_091: 0.1, 355_092: 0.01}),
+                         ("ade20k", {0: 1, 80_000: 0.5 ** 0.9, 159_999: (1 / 160_000) ** 0.9})):
+        recipe = T.RECIPES[name]
+        assert (recipe["clip"], recipe["batch"], recipe["lr"]) == (0.01, 16, 1e-4)
+        for step, share in shares.items():
+            assert T.rate(recipe["schedule"], step, recipe["steps"], recipe["warmup"]) == pytest.approx(share)
+
+
+def test_accumulation_equals_one_batch(world, monkeypatch):
+    """Mask and dice losses at the same points. The class loss, a mean over what a call sees, is left out."""
+    torch.manual_seed(0)
+    model, results = m2f.Mask2Former(13, **dict(m2f.PRESETS["tiny"], queries=12, class_weight=0.0)), []
+    images, truth = T.Batches(PairFolder(world / "train"), batch=3, task="panoptic")[0]
+    assert len({len(target["labels"]) for target in truth}) > 1  # unequally many masks
+    points = torch.rand(4096, 2)
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: points[:size[-2]].expand(size).clone())
+    for batches in ([(images, truth)], [(images[i:i + 1], truth[i:i + 1]) for i in range(3)]):
+        model.zero_grad()
+        loss = T.step_gradients(model, model.loss, batches, torch.device("cpu"))
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        results.append((loss.item(), torch.cat(gradients)))
+    (loss, gradient), (other_loss, other) = results
+    assert loss == pytest.approx(other_loss, rel=1e-4) and (gradient - other).norm() < 1e-3 * gradient.norm()
+
+
+@pytest.mark.parametrize("task, judge, least", [
+    ("semantic", "semantic", 6), ("panoptic", "semantic", 6), ("instance", "instance", 1)])
+def test_eight_images_are_learned(world, tmp_path, task, judge, least):
+    pairs = PairFolder(world / "train", limit=8)
+    before = T.evaluate(T.build(pairs.classes, task), pairs, judge, (32, 128))[T.SCORE[judge]]
+    model = train_on(pairs, tmp_path, f"--task {task} --size 32 --steps 40 --batch 4", save_every=10)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    after = T.evaluate(model, pairs, judge, (32, 128))[T.SCORE[judge]]
+    assert losses[-1] < 0.8 * losses[0] and after > before + least, (losses, before, after)
+
+
+@pytest.mark.parametrize("void", [False, True])
+def test_a_segmenter_with_a_loss_that_is_not_finite_stops(tmp_path, monkeypatch, void):
+    """The matcher notices it, or, where all is void and nothing to match, the check before a report."""
+    pairs = one_pair(tmp_path / "p", *(part * (not void) for part in touching_things()))
+    save, out = diffusion.RunFolder.save, tmp_path / "o"
+
+    def save_and_spoil(run, step):
+        save(run, step)
+        if step == 2:
+            run.parts["model"].decoder.classes.weight.data.fill_(torch.nan)
+    monkeypatch.setattr(diffusion.RunFolder, "save", save_and_spoil)
+    with pytest.raises(ValueError, match="not finite at step 3" if void else "finite"):
+        train_on(pairs, out, "--steps 4 --batch 2 --task panoptic", save_every=1)
+    state, model = torch.load(out / "state.pt", weights_only=True), m2f.load(out)
+    tensors = *state["model"].values(), *model.state_dict().values()
+    assert state["step"] == 2 and all(t.isfinite().all() for t in tensors)
+    result = T.evaluate(model, pairs, "panoptic")
+    assert [result[score] is None for score in ("PQ", "AP", "mIoU")] == [void] * 3
+
+
+def test_classes_of_a_checkpoint(tmp_path):
+    """They must be those of the data, but for spelling; or get a new head; or be the things of the data."""
+    classes = [dict(name=name, isthing=name in ("ball", "box")) for name in ("sky", "grass", "ball", "box")]
+    m2f.save(T.build(classes), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="class 4 is box, where missing was expected"):
+        T.build(classes[:3], init=tmp_path)
+    model = T.build(classes[:3], seed=1, init=tmp_path, new_head=True)
+    assert model.config["class_names"] == ["sky", "grass", "ball"] and model.decoder.classes.out_features == 4
+    assert torch.equal(model.decoder.queries, m2f.load(tmp_path).decoder.queries)
+    other = [dict(c, name=name) for c, name in zip(classes, ("Sky", "grass, lawn", "ball", "b-o_x"))]
+    with pytest.raises(ValueError, match="class 4 is box, where b o x was expected"):
+        T.build(other, init=tmp_path)
+    other[3]["name"] = "box"
+    assert T.build(other, init=tmp_path).config["class_names"] == ["Sky", "grass, lawn", "ball", "box"]
+    m2f.save(T.build(classes[2:], "instance"), tmp_path / "model.safetensors")
+    models = m2f.load(tmp_path), T.build(classes, "instance", init=tmp_path).eval()
+    image = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        known, found = (model(image)[-1]["class_logits"].softmax(-1) for model in models)
+    assert torch.allclose(known, found[..., 2:], atol=1e-6) and found[..., :2].max() == 0
+    with pytest.raises(ValueError, match="class 1 is ball, where sky was expected .2 classes instead of 4"):
+        T.build(classes, "panoptic", init=tmp_path)
+
+
+def test_train_then_evaluate_other_folders(world, tmp_path, capsys):
+    flags = "--data", world, "--device", "cpu", "--out", tmp_path / "o", "--task"
+    call(T, *flags, "panoptic", "--init", SEGMENTER, "--steps", 1, "--batch", 1, "--lr", 1e-9)
+    assert P.read_json(tmp_path / "o/metrics.json")["val"]["PQ"] > 20
+    assert Image.open(tmp_path / "o/samples.png").width > 300
+    mine = shutil.copytree(world / "val", tmp_path / "mine")
+    call(T, *flags, "panoptic", "--eval-only", "--eval-pairs", mine, "--predictions", tmp_path / "p")
+    text = capsys.readouterr().out
+    assert f"weights: {tmp_path / 'o'}" in text and "PQ is 1.000 of val's" in text
+    first, second = snapshot(tmp_path / "p/val"), snapshot(tmp_path / "p/mine")
+    assert first == second and len(first) == 1 + 3 * 4  # classes.json, and three files for each
+    call(T, *flags, "semantic", "--eval-only", "--multi-scale")
+    expected = T.evaluate(m2f.load(tmp_path / "o", "semantic"), PairFolder(mine), multi_scale=True)
+    assert T.format_metrics("val", expected) in capsys.readouterr().out
+
+
+# What is spoiled in world/ or beside it, the flags of train.py or bench/compare.py, words of the message.
+@pytest.mark.parametrize("spoil, flags, words", [
+    (lambda: os.remove("world/val/instances/00001.png"), "", "val/instances: 00001 is missing"),
+    (lambda: Path("world", IMAGE).write_bytes(b"no picture"), "", "00000.png: not a readable picture"),
+    (lambda: Image.new("L", (64, 64), 14).save("world/val/masks/00001.png"), "", "the id 14, where 0 to 13"),
+    (classes("val", "fog"), "", "val: class 1 is fog, where sky was expected"),
+    (classes("train", "sky"), "--task instance", "train: instance segmentation needs"),
+    (lambda: shutil.rmtree("world/val/instances"), "--task panoptic", "val: panoptic segmentation needs"),
+    (lambda: shutil.rmtree("world/val"), "", "no val/, unseen/ or test/"),
+    (lambda: Path("x.safetensors").write_bytes(b"\x80\x04"), "--init x.safetensors", "x.safetensors"),
+    (lambda: os.makedirs("p/val"), "--eval-only --init x --predictions p", "p/val: exists"),
+    (None, "--eval-only --init x --predictions p --eval-pairs world/val", "p/val: exists, or two sets"),
+    (None, "--eval-only", "no such file. Train a segmenter"),
+    (None, "--pretrain", "--pretrain begins with synthetic pairs, but there are none"),
+    (None, "--pretrain --p-synth 0.5", "--p-synth has no effect with --pretrain. Give one of them"),
+    (None, "--new-head", "--new-head has no effect without --init. Give both of them"),
+    (None, "--init x --preset swin_t", "--preset has no effect with --init"),
+    (None, "--eval-only --steps 7", "--steps has no effect with --eval-only"),
+    (None, "--predictions x", "--predictions has no effect without --eval-only"),
+    (None, f"--eval-only --multi-scale --task panoptic --init {SEGMENTER}", "panoptic segmentation has none"),
+    (None, "compare --protocol ../x", "a name is needed, not a path"),
+    (None, "compare --arms masksyn", "masksyn: no such arm. There are: real"),
+    (None, "compare --synth world/val world/val", "another folder of --synth has this name")])
+def test_a_mistake_of_a_training_ends_in_one_line(world, tmp_path, monkeypatch, spoil, flags, words):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world, "world")
+    if spoil:
+        spoil()
+    before, module = snapshot("."), C if flags.startswith("compare") else T
+    flags = flags.removeprefix("compare").split()
+    assert words in mistake(module, "--data", "world", "--out", "out", *flags) and snapshot(".") == before
+
+
+def test_missing_synthetic_pairs_come_from_a_process_outside_the_group(tmp_path, monkeypatch):
+    (tmp_path / "masksyn.py").write_text("""if True:
+        import os, pathlib, sys
+        folder = pathlib.Path(sys.argv[2])
+        (folder / "images").mkdir(parents=True)
+        (folder / "environment").write_text(" ".join(os.environ))
+        for n in range(int(sys.argv[4])):
+            (folder / f"images/{n}.png").touch()""")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(T, "ROOT", tmp_path)
+    monkeypatch.setattr(T, "PAIRS", 3)
+    args = SimpleNamespace(synth=None, data="shapes", rank=0, world=1)
+    ranks = "RANK", "LOCAL_RANK", "WORLD_SIZE"
+    for name in (*ranks, "PASSED_ON"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(ValueError, match="imgsyn: could not be made"):  # there is no imgsyn.py
+        T.synthetic_folders(args)
+    shutil.copy("masksyn.py", "imgsyn.py")
+    assert T.synthetic_folders(args) == [Path("out/shapes/masksyn"), Path("out/shapes/imgsyn")]
+    names = Path("out/shapes/imgsyn/environment").read_text().split()
+    assert "PASSED_ON" in names and not set(ranks) & set(names)
+    assert len(os.listdir("out/shapes/imgsyn/images")) == 3
+    args.synth = []
+    assert T.synthetic_folders(args) == []
+
+
+def test_compare_writes_a_table_shares_runs_and_goes_on(world, tmp_path, monkeypatch):
+    synth = [shutil.copytree(world / "val", tmp_path / name) for name in ("masksyn", "imgsyn")]
+    flags, runs = "--limit-real 4 --seeds 0 1 --steps 2 --batch 2 --size 32 --device cpu".split(), []
+    monkeypatch.setattr(C, "train_segmenter", lambda *args: runs.append(args[-1].name) or T.train_segmenter(*args))
+
+    def compare(*more):
+        runs.clear()
+        call(C, "--data", world, "--synth", *synth, *flags, "--out", tmp_path / "c", *more)
+        return [name.split("_seed")[0] for name in runs]
+    assert compare("--arms", "REAL", "oracle") == ["real_only", "oracle"] * 2
+    assert compare("--protocol", "same 100") == ["masksyn", "imgsyn", "both"] * 2
+    table = P.read_json(tmp_path / "c/same 100.json")
+    assert list(table["arms"]) == ["real only", "+ MaskSyn", "+ ImgSyn", "+ both", "oracle"]
+    both, real = (table["runs"][arm]["1"]["val"]["mIoU"] for arm in ("+ both", "real only"))
+    assert table["arms"]["+ both"]["val"]["gain"]["1"] == pytest.approx(both - real)
+    assert "| oracle |" in (tmp_path / "c/same 100.md").read_text()
+    assert Image.open(tmp_path / "c/same 100.png").height > 7 * 128
+    shutil.copytree(world / "train", synth[1], dirs_exist_ok=True)  # other pairs: other runs
+    assert compare("--protocol", "other", "--seeds", 1) == ["imgsyn", "both"]
+    for oracle, share in ((50, None), (54, 0.25)):  # an oracle without gain has no share
+        scores = {"real only": 50, "+ MaskSyn": 51, "oracle": oracle}
+        results = {arm: {0: {"val": {"mIoU": score}}} for arm, score in scores.items()}
+        assert C.summarise(results, "+ MaskSyn", "val", "mIoU")["share"] == share
+
+
+def test_camvids_benchmark_trains_both(world, tmp_path):
+    call(bench_camvid, "--data", world, "--steps", 2, "--batch", 2, "--size", 32, "--out", tmp_path)
+    results = [P.read_json(tmp_path / f"{name}.json") for name in ("tiny", "unet")]
+    assert all(result["steps"] == 2 and 0 < result["val"]["mIoU"] < 100 for result in results)
+
+
+# ---- samples of the real sets ------------------------------------------------------------------------------
+
+@pytest.mark.real
+@pytest.mark.parametrize("task", ["panoptic", "instance"])
+def test_the_coco_sample_trains_and_cocos_tools_read_its_predictions(coco_sample, tmp_path, task):
+    train, val = (PairFolder(coco_sample / split, limit=4) for split in ("train", "val"))
+    model = train_on(train, tmp_path / "o", f"--task {task} --size 64 --steps 2 --batch 2")
+    result = T.evaluate(model, val, task, (64, 256), folder=tmp_path / "p")
+    assert result["images"] == 4 and 0 <= result[T.SCORE[task]] < 50
+    call(export, tmp_path / "p")
+    results = COCO(tmp_path / "p/coco/instances.json").loadRes(str(tmp_path / "p/coco/results.json"))
+    assert len({one["score"] for one in results.anns.values()}) > 10
+
+
+@pytest.mark.real
+def test_the_ade20k_sample_trains_by_the_papers_recipe(tmp_path):
+    from data.ade20k import prepare
+    call(prepare, "--root", SAMPLES / "ADEChallengeData2016", "--out", tmp_path / "ade", "--size", 64)
+    flags = "--recipe ade20k --preset tiny --size 64 --steps 2 --batch 2 --device cpu".split()
+    call(T, "--data", tmp_path / "ade", *flags, "--out", tmp_path / "o")
+    result = P.read_json(tmp_path / "o/metrics.json")["val"]
+    assert result["images"] == 3 and 100 < result["absent"] < 150 and 0 <= result["mIoU"] < 50
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_tiny_overfits_eight_images_of_camvid(tmp_path, monkeypatch):
+    from data.camvid import prepare
+    call(prepare, "--root", SAMPLES / "camvid", "--out", tmp_path / "camvid")
+    fill = {tv_tensors.Image: 128, tv_tensors.Mask: 0}
+    monkeypatch.setattr(T, "augmentation", lambda recipe, h, w: v2.RandomCrop((h, w), None, True, fill))
+    pairs = PairFolder(tmp_path / "camvid/train", limit=8)
+    assert T.evaluate(train_on(pairs, tmp_path / "o", "--steps 1800 --batch 2"), pairs)["mIoU"] > 95
+
+
+SAMPLES = Path(os.environ.get("SEGGEN_TEST_DATA", ""))
+
+
+# ---- data/shapes -------------------------------------------------------------------------------------------
+
+def test_shapes_are_pair_folders_of_one_world(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "SPLITS", {"train": 8, "val": 4, "unseen": 3})
+    call(shapes, "--out", tmp_path, "--size", 32, "--limit-train", 5, "--unlabelled", 2)
+    for split, count in (("train", 5), ("val", 4), ("unseen", 3)):
+        pairs = PairFolder(tmp_path / split)
+        assert [c["name"] for c in pairs.classes] == shapes.CLASSES and len(pairs) == count
+        assert P.read_json(tmp_path / split / "words.json").keys() == set(shapes.CLASSES)
+        for i in range(count):
+            assert pairs.read(i)["image"].shape == (32, 32, 3) and len(pairs.captions(i)) == 3
+    assert len(PairFolder(tmp_path / "unlabelled", parts=("image",))) == 2
+    P.unfinished(tmp_path / "unseen").touch()  # killed between its last scene and the end
+    call(shapes, "--out", tmp_path, "--size", 32, "--limit-train", 5)
+    before = snapshot(tmp_path)
+    for flags, words in ((["--size=48"], "another size"), (["--size=32", "--seed=1"], "another seed"),
+                         (["--size=32", "--limit-train=3"], "5 scenes, more than 3")):
+        assert words in mistake(shapes, "--out", tmp_path, *flags) and snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("style", ["day", "night", "fog", "ink"])
+def test_captions_masks_and_instances_of_shapes_agree(style):
+    counts = 0
+    for i in range(20):
+        scene = shapes.scene(np.random.default_rng((8, i)), 64, style)
+        mask, instances, first = scene["mask"], scene["instances"], scene["captions"][0]
+        area = {name: (mask == k).sum() for k, name in enumerate(shapes.CLASSES, 1)}
+        things = np.isin(mask, [shapes.CLASSES.index(name) + 1 for name in shapes.THINGS])
+        assert area["sky"] > 0 and mask.min() > 0 and ((instances > 0) == things).all()
+        assert all(len(np.unique(mask[instances == k])) == 1 for k in range(1, instances.max() + 1))
+        for caption in scene["captions"]:
+            words = set(re.findall("[a-z]+", caption))
+            named = {name for name in shapes.CLASSES if words & set(shapes.WORDS[name])}
+            assert named and all(area[name] >= 12 for name in named), caption
+            assert len(caption.encode()) <= 110 and caption.strip() == caption
+  # The first names all things, but for those of a few specks.
+            assert caption != first or all(name in named for name in shapes.THINGS if area[name] >= 48)
+        for word, noun in re.findall(r"\b(two|three)(?: \w+)? (house|tree|boat)s\b", first):
+            sizes = np.bincount(instances[mask == shapes.CLASSES.index(noun) + 1])
+            assert (sizes >= 12).sum() == shapes.NUMBERS.index(word), first
+            counts += 1
+    small, large = (shapes.scene(np.random.default_rng(8), size, style)["mask"] for size in (32, 96))
+    assert counts > 2 and (small == large[1::3, 1::3]).mean() > .95  # one geometry, two resolutions
+
+
+# ---- data/camvid, data/ade20k, data/coco -------------------------------------------------------------------
+
+def raw_camvid(root):
+    for name, noise in enumerate(np.random.default_rng(0).integers(0, 252, (6, 18, 24, 4), np.uint8)):
+        split = "train" if name < 3 else "val"
+        P.write_picture(root / split / f"{name}.png", noise[..., :3].copy())
+        P.write_picture(root / f"{split}annot/{name}.png", noise[..., 3] % 12)
+    return root
+
+
+def raw_ade(root):
+    label, marked = np.zeros((20, 30), np.uint8), np.zeros((20, 30, 3), np.uint8)
+    label[:10], label[10:, :20] = 1, 8  # wall and beds
+    marked[5:15, :8], marked[10:15, 10:15] = (1, 7, 0), (1, 255, 0)  # two beds, one half over the wall
+    for i, part in enumerate(("training", "training", "validation")):
+        P.write_picture(root / "images" / part / f"{i}.jpg", np.zeros_like(marked))
+        P.write_picture(root / "annotations" / part / f"{i}.png", label * (i != 1))  # 1 is blank
+        P.write_picture(root / "annotations_instance" / part / f"{i}.png", marked)
+    names = [f"{k}\t0.1\t1\t1\tclass{k}, other name" for k in range(1, 151)]
+    (root / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *names]))
+    (root / "sceneCategories.txt").write_bytes(b"0 living_room\n2 \xff\n")
+    return root
+
+
+PANOPTIC, PNGS = "annotations/panoptic_val2017.json", "annotations/panoptic_val2017"
+# Segments (id, category, crowd, top, bottom, left, right): category 200 is stuff, the others are things.
+FEW = (300, 3, 0, 0, 9, 0, 9), (70000, 3, 0, 0, 9, 9, 30), (5, 3, 1, 10, 20, 0, 9), (9, 200, 0, 20, 40, 0, 50)
+MANY = [(50 * i + j, 3 if i < 7 else 90, 0, i, i + 1, j, j + 1) for i in range(1, 9) for j in range(50)]
+
+
+def raw_coco(root, pngs=PNGS, segments=FEW):
+    code, info = np.zeros((40, 50, 1), np.int64), []
+    for number, category, crowd, top, bottom, left, right in segments:
+        code[top:bottom, left:right], width, height = number, right - left, bottom - top
+        info.append({"id": number, "category_id": category, "iscrowd": crowd, "area": width * height,
+                     "bbox": [left, top, width, height]})
+    for i in (7, 8):
+        P.write_picture(root / pngs / f"00{i}.png", (code >> [0, 8, 16]).astype(np.uint8))
+        P.write_picture(root / f"val2017/00{i}.jpg", np.zeros((40, 50, 3), np.uint8))
+    categories = [(200, "rug-merged", 0), (3, "car", 1), (90, "toothbrush", 1)]
+    P.write_json(root / PANOPTIC, {
+        "images": [{"id": i, "file_name": f"00{i}.jpg"} for i in (7, 8)],
+        "annotations": [{"image_id": i, "file_name": f"00{i}.png", "segments_info": info} for i in (7, 8)],
+        "categories": [{"id": k, "name": name, "isthing": isthing} for k, name, isthing in categories]})
+    return root
+
+
+RAW = {camvid: raw_camvid, ade: raw_ade, coco: raw_coco}
+ADE_PNG, ADE_INSTANCES = "annotations/training/0.png", "annotations_instance/training/0.png"
+
+
+@pytest.mark.parametrize("script, path, content, words", [
+    (camvid, ".", None, "Give SegNet's"), (camvid, "trainannot", None, "trainannot: 0 is missing"),
+    (camvid, "trainannot/0.png", Image.new("L", (9, 9)), "24 x 18 pixels, its mask 9 x 9"),
+    (camvid, "trainannot/0.png", Image.new("L", (24, 18), 12), "holds the id 12, where 0 to 11"),
+    (camvid, "train/0.png", "cut", "train/0.png: not a readable"), (ade, ADE_PNG, None, "0 is missing"),
+    (ade, "objectInfo150.txt", None, "objectInfo150.txt: no such file. Give the folder ADEChallengeData2016"),
+    (ade, "objectInfo150.txt", "Idx\n1\t0\t0\t0\twall\n", "1 classes"),
+    (ade, ADE_PNG, Image.new("L", (9, 9), 151), "id 151"), (ade, ADE_PNG, Image.new("L", (9, 9)), "not RGB"),
+    (ade, ADE_INSTANCES, None, "0 is missing"), (ade, ADE_INSTANCES, Image.new("L", (30, 20)), "mode L"),
+    (ade, ADE_INSTANCES, Image.new("RGB", (30, 20), (101, 1, 0)), "holds the class 101"),
+    (coco, "annotations", None, "no panoptic_train2017.json"), (coco, PANOPTIC, "{", "not a JSON file"),
+    (coco, PANOPTIC, ("300", "7"), "lacks the segment 7"), (coco, PANOPTIC, ('d": 5', 'd": 9'), "segment 5"),
+    (coco, PANOPTIC, ('"category_id": 200', '"category_id": 4'), "the unknown category 4"),
+    (coco, PANOPTIC, ('"image_id": 7', '"image_id": 8'), "image 7 lacks an annotation"),
+    (coco, PANOPTIC, ('"id": 7,', '"id": 9,'), "image 7 lacks an image"),
+    (coco, PNGS + "/007.png", None, "missing"), (coco, PNGS + "/007.png", Image.new("L", (9, 9)), "mode L"),
+    (coco, "val2017", None, "val2017: no such folder"), (coco, "val2017/007.jpg", None, "7.jpg is missing")])
+def test_spoiled_raw_data_is_refused_in_one_line(tmp_path, script, path, content, words):
+    spoil(RAW[script](tmp_path / "raw") / path, content)
+    out = tmp_path / "out"
+    assert words in mistake(script, "--root", tmp_path / "raw", "--out", out)
+    images, masks = ({file.stem for file in out.glob(f"*/{kind}/*")} for kind in ("images", "masks"))
+    assert images == masks and not list(out.rglob(".tmp*")) # an image means a complete pair ...
+    assert not list(out.glob("*/classes.json"))  # ... and no reader takes them for the set
+
+
+@pytest.mark.parametrize("script, size", [(camvid, (10, 10)), (ade, (15, 10)), (coco, (12, 10))])
+def test_masks_are_resized_by_nearest_and_sizes_are_not_mixed(tmp_path, script, size):
+    raw, full, out = RAW[script](tmp_path / "raw"), tmp_path / "full", tmp_path / "out"
+    call(script, "--root", raw, "--out", full)
+    call(script, "--root", raw, "--out", out, "--size", 10)
+    before = snapshot(out)
+    for path in full.glob("*/*/*.[pj][np]g"):
+        small = Image.open((out / path.relative_to(full)).with_suffix(".png"))
+        nearest = np.asarray(Image.open(path).resize(size, Image.NEAREST))
+        assert small.size == size and path.is_symlink() == (path.parent.name == "images")
+        assert path.is_symlink() or (np.asarray(small) == nearest).all()
+    for other in (["--size", 12], []):
+        assert "prepared at another size" in mistake(script, "--root", raw, "--out", out, *other)
+    assert snapshot(out) == before
+    (out / "val/classes.json").write_text('[{"name": "cat"}]')
+    assert "lists other classes" in mistake(script, "--root", raw, "--out", out, "--size", 10)
+
+
+@pytest.mark.parametrize("script, at, words", [
+    (camvid, "val/images/4.png", "images: 4 is missing"), (shapes, "val/images/00001.png", "only a part"),
+    (camvid, "train/classes.json", "classes.json: no such file")])
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, monkeypatch, script, at, words):
+    monkeypatch.setattr(shapes, "SPLITS", {"train": 8, "val": 4, "unseen": 3})
+    args = ["--unlabelled", 3] if script == shapes else ["--root", raw_camvid(tmp_path / "raw")]
+    def run(replace=os.replace):
+        def kill(source, path):
+            if str(path).endswith(at):
+                os.killpg(0, signal.SIGKILL)
+            replace(source, path)
+        os.setsid()
+        os.replace, os.cpu_count = kill, lambda: 1  # one worker, so one order
+        call(script, *args, "--size", 32, "--out", tmp_path / "out")
+
+    killed = multiprocessing.get_context("fork").Process(target=run)
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL and list(tmp_path.glob("out/**/.tmp*"))
+    with pytest.raises(ValueError, match=words):  # no reader takes a part for the set
+        PairFolder(tmp_path / "out/val")
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/images/[!.]*")}
+    for out in ("calm", "out"):
+        call(script, *args, "--size", 32, "--out", tmp_path / out)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "calm")
+    assert len(times) > 3 and all(path.stat().st_mtime_ns == time for path, time in times.items())
+
+
+@pytest.mark.parametrize("command", ["ade20k/prepare.py --root", "camvid/prepare.py --root", "coco/export.py",
+                                     "coco/prepare.py --root", "shapes/prepare.py --out"])
+def test_scripts_run_from_anywhere_and_end_in_one_line(tmp_path, command):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/__init__.py").write_text("raise ImportError('a foreign package called data')")
+    command = f"{sys.executable} {P.ROOT}/data/{command} data/__init__.py/x".split()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1 and "py/x" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_camvid_labels_are_shifted_and_captions_name_what_is_there(tmp_path):
+    raw = raw_camvid(tmp_path / "raw")
+    P.write_picture(raw / "trainannot/1.png", np.repeat(np.uint8([[5], [8]]), 9, 0).repeat(24, 1))
+    P.write_picture(raw / "valannot/3.png", np.full((18, 24), 11, np.uint8))  # all void ...
+    P.write_picture(raw / "val/3.png", np.zeros((18, 24, 3), np.uint8))  # ... by night
+    call(camvid, "--root", raw, "--out", tmp_path)
+    pairs, val = PairFolder(tmp_path / "train"), PairFolder(tmp_path / "val")
+    assert [c["source_id"] for c in pairs.classes] == list(range(11)) and pairs.classes[8]["name"] == "car"
+    assert not pairs.has_instances and not any(c["isthing"] for c in pairs.classes)
+    assert P.read_json(tmp_path / "train/words.json").keys() == {c["name"] for c in pairs.classes}
+    for i in range(3):
+        label = np.asarray(Image.open(raw / f"trainannot/{i}.png"))
+        assert (pairs.read(i)["ids"] == (label + 1) % 12).all() and len(set(pairs.captions(i))) == 3
+    first = pairs.captions(1)[0]  # trees over cars
+    assert "many trees" in first and "cars" in first and "without sky" in first
+    assert "road" in pairs.captions(0)[0] and not re.search("road|pedestrian|pole|building", first)
+    dark, light = (" ".join(val.captions(i)) for i in (0, 1))
+    assert "at dusk" in dark and "daylight" not in dark and "daylight" in light and "at dusk" not in light
+
+
+@pytest.mark.parametrize("instances", [True, False])
+def test_ade_instances_agree_with_the_mask_and_captions_may_come_from_a_file(tmp_path, instances, capsys):
+    raw, captions = raw_ade(tmp_path / "raw"), tmp_path / "captions.json"
+    if not instances:
+        shutil.rmtree(raw / "annotations_instance")
+    call(ade, "--root", raw, "--out", tmp_path)
+    pairs = PairFolder(tmp_path / "train")
+    assert pairs.classes[0] == {"name": "class1", "isthing": False, "source_id": 1}
+    assert len(pairs.classes) == 150 and sum(c["isthing"] for c in pairs.classes) == 100 * instances
+    expected, pair, blank = np.zeros((20, 30)), pairs.read(0), pairs.read(1)
+    expected[10:, :20], expected[10:15, :8], expected[10:15, 10:15] = 255, 1, 2
+    assert pairs.has_instances == instances and (pair["instances"] == expected * instances).all()
+    assert (pair["ids"] == np.asarray(Image.open(raw / ADE_PNG))).all() and not blank["ids"].any()
+    assert pairs.captions(0)[0] == "a living room with class1 and a class8"  # no article before stuff
+    assert pairs.captions(1) == ["a scene"] * 2
+    captions.write_text('{"0": "twin beds", "1.jpg": ["a", "b"]}')
+    call(ade, "--root", raw, "--out", tmp_path, "--captions", captions)
+    assert "val: 1 of 1 images lack a caption" in capsys.readouterr().out
+    assert pairs.captions(0) == ["twin beds"] and pairs.captions(1) == ["a", "b"]
+
+
+def test_coco_things_are_numbered_by_size_and_crowds_are_255(tmp_path):
+    raw = raw_coco(tmp_path / "raw")
+    call(coco, "--root", raw, "--out", tmp_path)
+    pairs = PairFolder(tmp_path / "val")
+    assert [(c["source_id"], c["isthing"]) for c in pairs.classes] == [(3, True), (90, True), (200, False)]
+    mask, instances = np.zeros((2, 40, 50))
+    mask[:9, :30], mask[10:20, :9], mask[20:] = 1, 1, 3
+    instances[:9, :9], instances[:9, 9:30], instances[10:20, :9] = 2, 1, 255
+    assert (pairs.read(0)["ids"] == mask).all() and (pairs.read(0)["instances"] == instances).all()
+    assert pairs.captions(0)[0] == "many cars with rug"
+    P.write_json(raw / "annotations/captions_val2017.json", [{"image_id": 7, "id": 1, "caption": "official"}])
+    call(coco, "--root", raw, "--out", tmp_path)
+    assert pairs.captions(0) == ["official"]
+    call(coco, "--root", raw_coco(tmp_path / "many", segments=MANY), "--out", tmp_path / "out")
+    pair = PairFolder(tmp_path / "out/val").read(0)  # 300 cars and 100 toothbrushes
+    cars, brushes = (pair["instances"][pair["ids"] == k] for k in (1, 2))
+    assert len(np.unique(cars)) == 255 and (cars == 255).sum() == 46 and len(np.unique(brushes)) == 100
+
+
+def coco_sample(root, pngs):
+    (root / "annotations").mkdir(parents=True)
+    for name in ("val2017", PANOPTIC, pngs):
+        (root / name).symlink_to(SAMPLES / "coco" / name)
+    return root
+
+
+def panoptic(path, folder):
+    """All that a panoptic JSON file and its PNG files say of categories and segments."""
+    content = P.read_json(path)
+    found = {(c["id"], c["name"], c["isthing"]) for c in content["categories"]}
+    for one in content["annotations"]:
+        codes = np.asarray(Image.open(folder / one["file_name"])).astype(np.int64) @ [1, 256, 65536]
+        for s in one["segments_info"]:
+            mask = np.packbits(codes == s["id"]).tobytes()
+            found.add((one["image_id"], mask, s["category_id"], s["area"], s["iscrowd"], *s["bbox"]))
+    return found
+
+
+@pytest.mark.parametrize("raw, pngs", [(raw_coco, PNGS), (raw_coco, "panoptic_val2017"),
+                                       pytest.param(coco_sample, PNGS, marks=pytest.mark.real)])
+def test_coco_segments_come_back_and_pycocotools_reads_them(tmp_path, raw, pngs):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    root, back = raw(tmp_path / "raw", pngs), tmp_path / "back"
+    call(coco, "--root", root, "--out", tmp_path)
+    call(export, tmp_path / "val", "--out", back)
+    assert panoptic(back / "panoptic.json", back / "panoptic") == panoptic(root / PANOPTIC, root / pngs)
+    truth = COCO(back / "instances.json")
+    for kind in ("segm", "bbox"):
+        score = COCOeval(truth, truth.loadRes(str(back / "results.json")), kind)
+        score.params.maxDets = [1, 10, 300]
+        score.evaluate()
+        score.accumulate()
+        precision = score.eval["precision"][:, :, :, 0, -1]
+        assert precision[precision > -1].min() > 0.999
+    assert all(truth.annToMask(one).sum() == one["area"] for one in list(truth.anns.values())[:9])
+
+
+def test_export_takes_scores_and_folders_without_images_and_a_failure_changes_nothing(tmp_path):
+    call(coco, "--root", raw_coco(tmp_path / "raw"), "--out", tmp_path)
+    folder = tmp_path / "val"
+    call(export, folder)
+    first = snapshot(folder / "coco")
+    found = json.loads(first["results.json"])
+    assert [one["score"] for one in found] == [1] * 4
+    for path, content, words in (
+            ("masks/007.png", Image.new("L", (50, 40), 4), "holds the id 4, where 0 to 3"),
+            ("masks/007.png", Image.new("L", (9, 9)), "9 x 9"), ("masks", None, "masks: 007 is missing"),
+            ("instances/007.png", "cut", "not a readable picture"), ("instances/007.png", None, "is missing"),
+            ("images/8.jpg", "", "masks: 8 is missing"), ("classes.json", None, "json: no such file")):
+        spoil(shutil.copytree(folder, tmp_path / "bad", dirs_exist_ok=True) / path, content)
+        for out in ("bad/coco", "new"):
+            assert words in mistake(export, tmp_path / "bad", "--out", tmp_path / out)
+        assert snapshot(tmp_path / "bad/coco") == first and not (tmp_path / "new").exists()
+        shutil.rmtree(tmp_path / "bad")
+    shutil.rmtree(folder / "images")  # predictions have none
+    P.write_json(folder / "results/008.json", [])
+    assert "007.json" in mistake(export, folder)
+    scored = [{"category_id": 3, "segmentation": found[0]["segmentation"], "score": s} for s in (0.9, 0.2)]
+    P.write_json(folder / "results/007.json", [one | {"image_id": "007", "more": 1} for one in scored])
+    call(export, folder)
+    assert P.read_json(folder / "coco/results.json") == [one | {"image_id": 7} for one in scored]
+    assert snapshot(folder / "coco") | {"results.json": first["results.json"]} == first
+    for path in folder.glob("*/007.*"):
+        path.rename(path.with_stem("A7"))  # a name that is no number
+    call(export, folder)
+    assert [image["id"] for image in P.read_json(folder / "coco/panoptic.json")["images"]] == ["008", "A7"]
+
+
+# ---- bench/ ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script", [p.name for p in sorted(REPO.glob("bench/*.py")) if "__main__" in p.read_text()])
+def test_benches_start_and_show_their_flags(script, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(REPO / "bench")  # as `python bench/script` does
+    monkeypatch.setattr(sys, "argv", [script, "-h"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(REPO / "bench" / script), run_name="__main__")
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: {script}") and "--device" in text
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+@pytest.mark.parametrize("script, flags, units", [
+    ("vs_diffusers.py", "--what forward sample --rounds 1 --steps 2", {" s ": 2, "MB ": 2, "difference 0 ": 1}),
+    ("vs_transformers.py", "--what forward --rounds 1 --sizes 64", {" s ": 1, "MB ": 1}),
+    ("paper_scale.py", "--width toy --size 64 --batch 1", {" s a step ": 3, " s an image ": 2})])
+def test_benches_beside_public_libraries(script, flags, units, tmp_path):
+    pytest.importorskip("diffusers")
+    command = [sys.executable, REPO / "bench" / script, *flags.split(), "--device", "cpu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {unit: done.stdout.count(unit) for unit in units} == units and not list(tmp_path.iterdir())
+
+
+def test_captions_name_classes_by_words_and_phrases():
+    words = {"car": ["car", "cars"], "dining table": ["dining table"], "sky": ["under the sky"], "ship": ["ship"]}
+    assert masks.named_classes("Two cars, a dining  table; no ships without sky.", words) == {"car", "dining table"}
+    assert masks.named_classes("under the sky: a ship", words) == {"sky", "ship"}
+
+
+def test_the_figures_of_a_mask_counted_by_hand():
+    classes = [{"name": name, "isthing": False} for name in ("sky", "hill", "car", "pole")]
+    codes = np.full((10, 20), 1, np.uint8)
+    codes[5:], codes[7:, 12:] = 2, 4
+    codes[0, :7] = 3  # a speck, cleaned away
+    colours = encode(codes, 4).astype(float)
+    colours[8:, :5] += 13  # in three channels: 22.5 grey levels
+    colours[6:8, :5] += 11  # 19.1
+    real = np.where(np.eye(10, 20), 3, 1).astype(np.uint8)  # ten specks of a pixel
+    words = {"sky": ["sky"], "hill": ["hill"], "car": ["car", "cars"], "pole": []}
+    for caption, named, painted, hits in (("A car.", 1, 1, 0), ("sky, hill", 2, 2, 2), ("cars on a hill", 2, 1, 1)):
+        assert masks.judge(codes, colours, real, caption, classes, words) == pytest.approx(dict(
+            off_colour=10 / 200, specks_sampled=7 / 200, specks_cleaned=0, specks_real=10 / 200,
+            named=named, painted=painted, hits=hits))
+
+
+def test_real_masks_obey_their_captions(world):
+    pairs = PairFolder(world / "val", ("ids",))
+    codes = np.stack([pairs.read(i)["ids"] for i in range(4)])
+    parts = iter((codes[:3], codes[3:]))
+    model = SimpleNamespace(sample=lambda *_, maps: (part := next(parts), palette(len(pairs.classes))[part] * 1.0))
+    args = SimpleNamespace(batch=3, seed=0, steps=1, guidance=1.0, sampler="edm")
+    figures = masks.measure(model, pairs, args)
+    assert figures["specks_sampled"] == figures["specks_real"] and figures["off_colour"] == 0
+    assert figures["recall"] == figures["precision"] == 100 and figures["captions"] == 4
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_masks_of_the_shipped_weights(world, tmp_path, capsys, complete):
+    data = shutil.copytree(world, tmp_path / "data")
+    if not complete:
+        (data / "val/words.json").unlink()
+    masks.main(["--data", str(data), "--json", str(tmp_path / "m.json"), "--limit", "4", "--steps", "3"])
+    figures, (title, *lines) = json.loads((tmp_path / "m.json").read_text()), capsys.readouterr().out.splitlines()
+    assert title == f"4 captions of {data / 'val'}" and len(lines) == len(figures) - 1
+    for (key, value), line in zip(figures.items(), lines):
+        printed = line.removeprefix(key.replace("_", " ")).split()[0]
+        assert printed == "unknown" if value is None else float(printed) == pytest.approx(value, abs=5e-4)
+    assert (figures["precision"] is None) == (not complete) and figures["recall"] > 50
+
+
+@pytest.mark.parametrize("file, content, line", [
+    *(("words.json", text, "words.json: not a list of words a class") for text in ("[]", '{"sky": 5}', '{"sky": [5]}')),
+    ("words.json", "{", "words.json: not a JSON file"),
+    ("classes.json", '[{"name": "sky"}]', "classes.json: class 2 is missing")])
+def test_mistakes_end_masks_in_one_line(world, tmp_path, file, content, line):
+    data = shutil.copytree(world, tmp_path / "data")
+    (data / "val" / file).write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        P.run(lambda: masks.main(["--data", str(data), "--json", str(tmp_path / "m.json")]))
+    assert line in stop.value.code and "\n" not in stop.value.code and not (tmp_path / "m.json").exists()
+
+
+# ---- what the README and the docstrings promise ------------------------------------------------------------
+
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", (REPO / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_a_snippet_of_the_readme_runs_as_written(tmp_path, monkeypatch, snippet):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    assert len(snippet.splitlines()) <= 12 and len(SNIPPETS) == 3
+    names = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    if "samples" in names:  # of the two diffusion models
+        assert names["samples"].isfinite().all() and list(tmp_path.glob("out/*/model.safetensors"))
+    else:
+        assert names["ids"].shape == (64, 64) and names["total"].isfinite()
+
+
+FILES = ["unet", "diffusion", "mask2former", "text2mask", "train", "mask2img", "masksyn", "imgsyn", "data.pairs"]
+
+
+def source(name):
+    return REPO / f"{name.replace('.', '/')}.py"
+
+
+def siblings(name):
+    """The files that one imports, anywhere in it."""
+    tree = ast.walk(ast.parse(source(name).read_text(encoding="utf-8")))
+    imports = [alias.name if isinstance(node, ast.Import) else node.module
+               for node in tree if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
+    return set(imports) & set(FILES)
+
+
+def needs(name):
+    """The files that one imports, and those that these import."""
+    found, todo = set(), [name]
+    while todo:
+        new = siblings(todo.pop()) - found
+        found |= new
+        todo += new
+    return found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_needs_line_is_true(name):
+    docstring = ast.get_docstring(ast.parse(source(name).read_text(encoding="utf-8")))
+    line = re.search(r"^Needs:(.*)$", docstring, re.M).group(1)
+    assert {file.replace("/", ".") for file in re.findall(r"([\w/]+)\.py", line)} == needs(name)
+
+
+IMPORTS = """
+import importlib, os, sys
+import torch, torchvision  # once: a fork has them
+for folder in sys.argv[1:]:
+    if os.fork() == 0:
+        sys.path.insert(0, folder)
+        module = importlib.import_module(os.path.basename(folder))
+        os._exit(not module.__file__.startswith(folder))
+    assert os.wait()[1] == 0, folder
+"""
+
+
+def test_a_file_copies_with_what_it_needs(tmp_path):
+    """Each in a folder of its own, with those alone that its docstring names."""
+    for name in FILES:
+        for each in {name} | needs(name):
+            copy = tmp_path / name / source(each).relative_to(REPO)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source(each), copy)
+        if (tmp_path / name / "data").is_dir():
+            shutil.copy(REPO / "data" / "__init__.py", tmp_path / name / "data")
+    command = [sys.executable, "-P", "-c", IMPORTS, *(str(tmp_path / name) for name in FILES)]
+    done = subprocess.run(command, cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

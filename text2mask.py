@@ -216,8 +216,8 @@ class CaptionedPairs(torch.utils.data.Dataset):
 
 
 def words_of(caption):
-    """The words of a caption in lower case."""
-    return re.findall("[a-z]+", caption.lower())
+    """The words of a caption in lower case: runs of letters."""
+    return re.findall(r"[^\W\d_]+", caption.lower())
 
 
 # ---- the networks ------------------------------------------------------------------------------------------
@@ -249,8 +249,12 @@ class TextToImage(nn.Module):
             self.config.update(unet=unet.config, text=text.config, schedule=schedule.config)
         else:
             self.config.update(base=str(base))
-        halvings = len(unet.config["block_out_channels"]) - 1
-        factor = vae.factor if vae else unet.config["patch_size"] * 2 ** halvings
+        self.check_size(size)
+
+    def check_size(self, size):
+        """Raises ValueError where the network cannot paint pictures of (H, W) pixels."""
+        halvings = len(self.unet.config["block_out_channels"]) - 1
+        factor = self.vae.factor if self.vae else self.unet.config["patch_size"] * 2 ** halvings
         if size[0] % factor or size[1] % factor:
             raise ValueError(f"size {size[1]} x {size[0]}: not a multiple of {factor}. Choose one "
                              "whose sides are")
@@ -329,6 +333,7 @@ class TextToImage(nn.Module):
         """
         device = next(self.parameters()).device
         size = tuple(size or self.config["size"])
+        self.check_size(size)
         factor = self.vae.factor if self.vae else 1
         shape = self.unet.config["in_channels"], size[0] // factor, size[1] // factor
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
