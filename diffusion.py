@@ -96,7 +96,7 @@ class Schedule:
 
     def scales(self, t, ndim):
         """t (B,) long -> a_t and s_t, shaped to broadcast over tensors of that many dimensions."""
-        self.a, self.s = self.a.to(t.device), self.s.to(t.device)  # once: a copy waits for the GPU
+        self.a, self.s = self.a.to(t.device), self.s.to(t.device)  # moved once: a copy makes the CPU wait
         shape = (-1,) + (1,) * (ndim - 1)
         return self.a[t].view(shape), self.s[t].view(shape)
 
@@ -123,10 +123,10 @@ class Schedule:
         return (x - s * out) / a if self.prediction == "epsilon" else a * x - s * out
 
     def weight(self, t, min_snr):
-        """Loss weight of each t (B,): brings every prediction's loss to that of x0 times min(SNR, min_snr).
+        """Loss weight of each t (B,), capped by min_snr: nearly clean inputs teach little. SNR = a^2 / s^2.
 
-        SNR = (a / s)^2. min_snr caps the weight of nearly clean inputs, where there is little to learn. A
-        network that predicts x0 gets SNR + 1, the plain v loss, so that nearly pure noise still counts.
+        epsilon, v  the loss becomes the error of x0 times min(SNR, min_snr)
+        sample      the error of x0 times min(SNR + 1, min_snr): the v loss, so that pure noise counts too
         """
         a, s = self.scales(t, t.ndim)
         snr = (a / s) ** 2
@@ -140,7 +140,7 @@ class Schedule:
 
     def visited_steps(self, n, sampler):
         """Which of the T steps a sampler of n visits: n falling integers, by the public schedulers' rules."""
-        T, parts = self.T, n + (sampler == "dpm++")  # the public one divides by n + 1
+        T, parts = self.T, n + (sampler == "dpm++")  # diffusers spaces n + 1 and leaves one out
         if self.spacing == "leading":
             t = np.arange(parts)[::-1][:n] * (T // parts) + self.offset
         elif self.spacing == "trailing":
@@ -148,7 +148,7 @@ class Schedule:
         else:
             t = np.linspace(0, T - 1, parts).round()[::-1][:n]
         t = np.clip(t, 0, T - 1).astype(int)
-        if (levels := len(set(t.tolist()))) < n:  # two equal ones: 0 / 0 in DPM-Solver
+        if (levels := len(set(t.tolist()))) < n:  # equal levels give h = 0, and a division by it
             raise ValueError(f"{n} sampling steps: there are only {levels} noise levels. Use fewer steps")
         return t
 
@@ -179,17 +179,18 @@ def loss(model, schedule, x0, *cond, min_snr=None):
 # ---- sampling ----------------------------------------------------------------------------------------------
 
 def denoiser(model, schedule, cond, uncond=None, guidance=1.0, decode=None, guide_above=0.0):
-    """A conditioned network -> the function (x, sigma) -> x0 that every sampler needs.
+    """A conditioned network -> the function denoise(x, sigma) -> x0 that every sampler needs.
 
     cond, uncond  tuples of further arguments of the model, for B samples with and without their condition
     guidance      classifier-free guidance: out = uncond + guidance (cond - uncond); 1 = none
     decode        turns outputs into x0 where they are neither x0, v nor noise (Text2Mask's logits)
-    guide_above   guide only while sigma is over it: what a picture shows is settled by then (2404.07724)
+    guide_above   guide only while sigma is over it: at lower noise what a picture shows is settled, and
+                  guidance would only exaggerate it (2404.07724)
     """
     guided = uncond is not None and guidance != 1
     both = join(uncond, cond) if guided else None  # one batch of 2 B
 
-    def x0(x, sigma):
+    def denoise(x, sigma):
         guide = guided and sigma > guide_above
         x = x / math.sqrt(1 + sigma ** 2)  # the network sees unit variance
         inputs = torch.cat([x, x]) if guide else x
@@ -199,7 +200,7 @@ def denoiser(model, schedule, cond, uncond=None, guidance=1.0, decode=None, guid
             out_uncond, out_cond = out.chunk(2)
             out = out_uncond + guidance * (out_cond - out_uncond)
         return decode(out) if decode else schedule.to_x0(out, x, sigma)
-    return x0
+    return denoise
 
 
 def join(a, b):
@@ -208,10 +209,10 @@ def join(a, b):
 
 
 @torch.no_grad()
-def sample(x0, schedule, noise, steps, sampler="dpm++", randn=torch.randn_like, churn=40.0):
+def sample(denoise, schedule, noise, steps, sampler="dpm++", randn=torch.randn_like, churn=40.0):
     """noise (B, C, ...), unit normal -> samples x0 of that shape.
 
-    x0        the denoiser, (x, sigma) -> x0
+    denoise   (x, sigma) -> x0, as `denoiser` makes it
     sampler   "euler"; "ddim", the same walk with DDIM's start; "dpm++", DPM-Solver++(2M); "edm", EDM's
               stochastic algorithm 2, which evaluates the network twice a step and adds `churn` fresh noise
     randn     randn(x) -> fresh noise for EDM
@@ -225,22 +226,22 @@ def sample(x0, schedule, noise, steps, sampler="dpm++", randn=torch.randn_like, 
         first = math.sqrt(1 + first ** 2)
     walk = list(zip(sigmas, sigmas[1:]))
     if sampler == "edm":
-        return edm(x0, noise * first, walk, randn, churn)
-    return SAMPLERS[sampler](x0, noise * first, walk)
+        return edm(denoise, noise * first, walk, randn, churn)
+    return SAMPLERS[sampler](denoise, noise * first, walk)
 
 
-def euler(x0, x, walk):
+def euler(denoise, x, walk):
     """walk: pairs (sigma, next sigma). The slope dx/dsigma is (x - x0) / sigma."""
     for sigma, below in walk:
-        x = x + (below - sigma) * (x - x0(x, sigma)) / sigma
+        x = x + (below - sigma) * (x - denoise(x, sigma)) / sigma
     return x
 
 
-def dpm_solver(x0, x, walk):
+def dpm_solver(denoise, x, walk):
     """DPM-Solver++(2M), its algorithm 2, in sigma: the last two x0 extrapolate half a step ahead."""
     previous, h_previous = None, None
     for sigma, below in walk:
-        now = x0(x, sigma)
+        now = denoise(x, sigma)
         if below == 0:
             return now
         h = math.log(sigma / below)
@@ -249,7 +250,7 @@ def dpm_solver(x0, x, walk):
         previous, h_previous = now, h
 
 
-def edm(x0, x, walk, randn, churn, low=0.05, high=50.0, noise_scale=1.003):
+def edm(denoise, x, walk, randn, churn, low=0.05, high=50.0, noise_scale=1.003):
     """EDM's stochastic sampler (algorithm 2 with table 5's ImageNet values; churn 0 is plain Heun)."""
     gamma, peak = min(churn / len(walk), math.sqrt(2) - 1), 0.0
     for sigma, below in walk:
@@ -259,10 +260,11 @@ def edm(x0, x, walk, randn, churn, low=0.05, high=50.0, noise_scale=1.003):
         if raised > sigma:
             x = x + math.sqrt(raised ** 2 - sigma ** 2) * noise_scale * randn(x)
         # An Euler step, then Heun's correction by the slope where it ends.
-        slope = (x - x0(x, raised)) / raised
+        slope = (x - denoise(x, raised)) / raised
         ahead = x + (below - raised) * slope
         if below > 0:
-            ahead = x + (below - raised) * 0.5 * (slope + (ahead - x0(ahead, below)) / below)
+            slope_ahead = (ahead - denoise(ahead, below)) / below
+            ahead = x + (below - raised) * 0.5 * (slope + slope_ahead)
         x = ahead
     return x
 
@@ -716,8 +718,8 @@ def plot_samplers(model, schedule, path):
     draw = ImageDraw.Draw(sheet)
     arm = torch.arange(1000)[:, None] % 2
     for column, sampler in enumerate(SAMPLERS):
-        x0 = denoiser(model, schedule, (arm,), (torch.full_like(arm, 2),), guidance=1.5)
-        points = sample(x0, schedule, torch.randn(1000, 2), 25, sampler)
+        denoise = denoiser(model, schedule, (arm,), (torch.full_like(arm, 2),), guidance=1.5)
+        points = sample(denoise, schedule, torch.randn(1000, 2), 25, sampler)
         draw.text((column * 200 + 6, 4), f"{sampler}, 25 steps", fill="black")
         for (x, y), colour in zip(points.tolist(), arm[:, 0].tolist()):
             px, py = column * 200 + 100 + 85 * x, 105 + 85 * y
@@ -727,7 +729,10 @@ def plot_samplers(model, schedule, path):
 
 
 def run(main):
-    """Run a script's main(): a user's mistake ends in one line on stderr, not in a traceback."""
+    """Run a script's main(): a user's mistake ends in one line on stderr, not in a traceback.
+
+    `run` and `atomic_write` are those of data/pairs.py, copied so that this file needs no other.
+    """
     try:
         main()
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 import diffusion
-from data.pairs import PairFolder, check_classes, dataset_name, find_split, run
+from data.pairs import PairFolder, ShowDefaults, check_classes, dataset_name, find_split, run
 from mask2img import Mask2Img
 from masksyn import choose_captions, describe, find_weights, paint, synthesis_flags, synthesize
 from text2mask import ResizeCrop
@@ -23,7 +23,7 @@ from text2mask import ResizeCrop
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="ImgSyn: human masks -> new images.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=ShowDefaults)
     synthesis_flags(parser, "--per-mask")
     parser.add_argument("--split", default="train", help="the split whose masks are used")
     args = parser.parse_args(argv)

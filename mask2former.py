@@ -14,7 +14,7 @@ Differs: all layers share one set of matching points per image (the original sam
          out of the mask losses (without it they count as background, as in the original).
 Reads:   images; weights/shapes/mask2former/model.safetensors or --weights PATH (ours or transformers')
 Writes:  out/overlays/NAME.png
-Needs:   nothing beside it.
+Needs:   no sibling file.
 
     python mask2former.py photo.jpg --weights mask2former-swin-tiny-coco-panoptic/ --task panoptic
 
@@ -1274,7 +1274,10 @@ def main(argv=None):
 
 
 def run(main):
-    """Run a script's main(): a user's mistake ends in one line on stderr, not in a traceback."""
+    """Run a script's main(): a user's mistake ends in one line on stderr, not in a traceback.
+
+    `run` and `atomic_write` are those of data/pairs.py, copied so that this file needs no other.
+    """
     try:
         main()
     except KeyboardInterrupt:

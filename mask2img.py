@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 import diffusion
 import unet as networks
-from data.pairs import (PairFolder, check_classes, contact_sheet, find_split, number, palette,
+from data.pairs import (PairFolder, ShowDefaults, check_classes, contact_sheet, find_split, number, palette,
                         read_ids, run, spread, write_picture)
 from diffusion import Schedule, seed_of
 from text2mask import (DROP, SMALL, CaptionedPairs, TextToImage, apply_recipe, drop_captions,
@@ -39,7 +39,7 @@ from text2mask import (DROP, SMALL, CaptionedPairs, TextToImage, apply_recipe, d
 from unet import PRESETS, ControlNet, TextEncoder, UNet
 
 SCHEDULE = dict(kind="cosine", prediction="sample", spacing="trailing")
-MIN_SNR = 5.0  # small models: plain x0 loss (1) leaves textures soft
+MIN_SNR = 5.0  # cap of the loss weight SNR + 1; with a weight of 1 textures stay soft
 BASE = dict(SMALL, lr=3e-3)
 CONTROL = dict(SMALL, steps=2600)
 
@@ -66,7 +66,7 @@ class Mask2Img(TextToImage):
         """The model of a config dict, with new weights; one on SDXL reads its base's folder."""
         config = dict(config)
         if "base" in config:
-            del config["controlnet"]  # that of the UNet in the folder
+            del config["controlnet"]  # SDXL's takes its shape from the UNet
             return cls.from_sdxl(config.pop("base"), device, **config)
         unet, text = UNet(**config.pop("unet")), TextEncoder(**config.pop("text"))
         schedule = Schedule(**config.pop("schedule"))
@@ -277,7 +277,7 @@ def main(argv=None):
     p.add_argument("--unfreeze", action="store_true", help="train the base as well")
     p.set_defaults(command=train)
     p = commands.add_parser("sample", help="paint images of one mask",
-                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                            formatter_class=ShowDefaults)
     p.add_argument("--mask", type=Path, required=True, help="a PNG of class ids")
     p.add_argument("--prompt", default="", help="the caption")
     p.add_argument("--out", type=Path, default=Path("out/sample"), help="folder of the picture")

@@ -26,9 +26,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import diffusion
-from data.pairs import (ROOT, PairFolder, check_classes, contact_sheet, dataset_name, find_split,
-                        list_files, number, open_picture, outline, palette, read_captions, read_ids,
-                        read_json, remove_temporary, run, spread, write_json, write_pair, write_picture)
+from data.pairs import (ROOT, PairFolder, ShowDefaults, check_classes, contact_sheet, dataset_name,
+                        find_split, list_files, number, open_picture, outline, palette, read_captions,
+                        read_ids, read_json, remove_temporary, run, spread, write_json, write_pair,
+                        write_picture)
 from diffusion import SAMPLERS, seed_of
 from mask2img import Mask2Img
 from text2mask import Text2Mask, segments, words_of
@@ -57,7 +58,7 @@ def exists(out, job):
 
 
 def check_output(out, meta):
-    """Raises ValueError where `out` holds pairs of other settings, data or weights, or none of ours."""
+    """Raises ValueError where `out` holds pairs of other settings, data or weights, or other images."""
     if not any(out.glob("images/*")):
         return
     if not (out / "meta.json").is_file():
@@ -74,8 +75,8 @@ def holds_prompt(out):
 
 
 def describe(args, source, **checkpoints):
-    """What makes pairs what they are, for meta.json: settings, source data, weights."""
-    # Left out: what asks for more of the same pairs, or for the same pairs in another place.
+    """The settings, source data and weights that decide a pair's content, for meta.json."""
+    # Left out: flags that change only how many pairs, where they go, or the device.
     passed_over = ("out", "limit", "per_source", "device", "count", "prompt")
     meta = {key: str(value) for key, value in vars(args).items() if key not in passed_over}
     for name, path in checkpoints.items():
@@ -179,7 +180,7 @@ def synthesis_flags(parser, per_source):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description="MaskSyn: captions -> new masks -> new images.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=ShowDefaults)
     synthesis_flags(parser, "--per-caption")
     add = parser.add_argument
     add("--text2mask", type=Path,

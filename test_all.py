@@ -200,15 +200,15 @@ def test_worker_processes_share_the_memory(tmp_path, monkeypatch, parts, instanc
 def test_the_fingerprint_changes_with_the_data(tmp_path):
     root, other = pair_folder(tmp_path / "set"), Image.new("L", (16, 12), 1)
     found = [PairFolder(root).fingerprint(), PairFolder(shutil.copytree(root, tmp_path / "b")).fingerprint()]
-    for path in tmp_path.glob("b/*/c.*"):
-        path.rename(path.with_stem("d"))
-    found.append(PairFolder(tmp_path / "b").fingerprint())
     for path, content in (("masks/a.png", other), ("instances/a.png", other), ("captions/a.txt", "other"),
                           ("captions/a.txt", None), ("images/a.png", "cut"), ("classes.json", ("ss1", "a")),
                           ("meta.json", "1"), ("meta.json", "of synthetic data"), ("masks/a.png", "any")):
         spoil(root / path, content)
         found.append(PairFolder(root).fingerprint())
-    assert found[0] == found[1] and found[-1] == found[-2] and len(set(found)) == len(found) - 2
+    for path in root.glob("*/c.*"):
+        path.rename(path.with_stem("d"))
+    found.append(PairFolder(root).fingerprint())
+    assert found[0] == found[1] and found[-2] == found[-3] and len(set(found)) == len(found) - 2
 
 
 def test_a_pair_comes_back_and_a_failed_write_changes_nothing(tmp_path, monkeypatch):
@@ -1353,9 +1353,9 @@ COMMANDS = {
     "masksyn": lambda data, models: synthesis(masksyn, data, models, "--limit", 12, "--batch", 1),
     "imgsyn": lambda data, models: synthesis(imgsyn, data, models, "--limit", 12, "--batch", 1),
     "train": lambda data, models: (
-        SimpleNamespace(main=train_and_save_often), "--data", data, "--init", SHIPPED / "mask2former", "--task",
-        "panoptic", "--synth", data / "val", "--size", 32, "--steps", 6, "--batch", 1, "--accumulate", 2,
-        "--device", "cpu"),
+        SimpleNamespace(main=train_and_save_often), "--data", data, "--init", SHIPPED / "mask2former",
+        "--task", "panoptic", "--synth", data / "val", "--size", 32, "--steps", 6, "--batch", 1,
+        "--accumulate", 2, "--device", "cpu"),
 }
 each_command = pytest.mark.parametrize("name", COMMANDS)
 
@@ -1451,8 +1451,9 @@ def test_two_ranks(complete, tmp_path, name):
         assert results(tmp_path)[1] == steps and results(tmp_path)[0] != files
         assert "world 2 then, 1 now" in mistake(*command, "--out", tmp_path)
     if name == "train":  # the ranks share the images of val
-        metrics, val = json.loads((tmp_path / "metrics.json").read_text())["val"], PairFolder(command[2] / "val")
-        assert metrics == pytest.approx(T.evaluate(m2f.load(tmp_path), val, "panoptic"), abs=0.05)
+        metrics = P.read_json(tmp_path / "metrics.json")["val"]
+        expected = T.evaluate(m2f.load(tmp_path), PairFolder(command[2] / "val"), "panoptic", (32, 128))
+        assert metrics == pytest.approx(expected, abs=0.05)
         assert metrics["images"] == 4 and metrics["PQ"] > 10
 
 
@@ -1538,7 +1539,10 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(world, tmp_path, monkeypa
     (text2mask, "train --lr nan"), (text2mask, "train --size 9000"), (text2mask, "sample --prompt x --guidance nan"),
     (mask2img, "train --workers -1"), (mask2img, "sample --mask x --guidance -1"), (mask2img, "base --init x"),
     (masksyn, "--limit 0"), (masksyn, "--limit -3"), (masksyn, "--guidance inf"), (imgsyn, "--per-mask 0"),
-    (T, "--steps -3"), (T, "--p-synth 1.5"), (T, "--seed -1"), (T, "--size 0"), (C, "--seeds 0 -1")])
+    (T, "--steps -3"), (T, "--p-synth 1.5"), (T, "--seed -1"), (T, "--size 0"), (C, "--seeds 0 -1"),
+    (text2mask, "train --lr 0"), (text2mask, "train --size 1x2x3"), (shapes, "--size 8"),
+    (shapes, "--limit-train 0"), (shapes, "--unlabelled -5"), (shapes, "--processes 0"),
+    (camvid, "--root x --size 64x"), (ade, "--root x --size 0"), (coco, "--root x --size 1.5")])
 def test_flags_that_are_no_numbers_are_refused(module, flags, capsys):
     with pytest.raises(SystemExit) as stop:
         module.main(flags.split())
@@ -1745,7 +1749,8 @@ def test_defaults_follow_the_base(tmp_path, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("command", [
-    (mask2img, "base", "--split", "train"), (text2mask, "train"), (mask2img, "train"), (T, "--task", "panoptic")])
+    (mask2img, "base", "--split", "train"), (text2mask, "train"), (mask2img, "train"),
+    (T, "--task", "panoptic")])
 def test_mixed_precision_learns_as_fp32_on_the_cpu(world, tmp_path, command, compiled):
     """The first 50 steps of a training: weights stay fp32; the mean loss is the same but for other noise."""
     losses = []
@@ -1795,7 +1800,7 @@ def toy_model(**changes):
 
 
 def some_targets(*labels, size=(32, 32)):
-    """Targets whose masks are 16 blocks, there or not."""
+    """Targets for SetLoss: each mask is a random choice of 16 blocks."""
     blocks = torch.empty(len(labels), 4, 4).uniform_() > 0.6
     rows, columns = (torch.arange(n) * 4 // n for n in size)
     return {"labels": torch.tensor(labels, dtype=torch.long), "masks": blocks[:, rows][:, :, columns]}
@@ -1956,6 +1961,7 @@ def test_any_image_size(task, size, resized):
     assert m2f.resize(image / 255, 40).shape[1:] == resized  # a thin one grows up to a limit
     results = [m2f.predict(model, x, task) for x in (Image.fromarray(pixels), image, image / 255)]
     assert all(torch.equal(r[0], results[0][0]) and torch.equal(r[1], results[0][1]) for r in results)
+    assert not model.training  # predict leaves it in eval mode
     for ids, instances, segments in (results[0], m2f.predict(model, image, task, short=40)):
         scores, want = [s["score"] for s in segments], torch.zeros(2, *size, dtype=torch.long)
         assert scores == ([None] * len(scores) if task == "semantic" else sorted(scores, reverse=True))
@@ -2015,8 +2021,8 @@ def test_outputs_loss_and_gradients_equal_transformers(tmp_path, monkeypatch, re
         loss, _ = ours.loss(outputs, truth)
         assert abs(last.loss - loss) < 1e-6 * loss
     (last.loss + loss).backward()
-    for p in theirs.parameters():  # gradients saved as if they were weights: our loader gives them our names
-        p.data = (torch.zeros_like(p) if p.grad is None else p.grad).float()
+    for p in theirs.parameters():  # gradients saved as weights:
+        p.data = (torch.zeros_like(p) if p.grad is None else p.grad).float()  # our loader renames them
     theirs.save_pretrained(tmp_path)
     for want, p in zip(m2f.load(tmp_path).parameters(), ours.parameters(), strict=True):
         assert (want - p.grad).norm() < 1e-4 * want.norm() + 1e-9
@@ -2025,7 +2031,7 @@ def test_outputs_loss_and_gradients_equal_transformers(tmp_path, monkeypatch, re
 @pytest.mark.peer
 @pytest.mark.parametrize("seed", range(3))
 def test_postprocessing_equals_transformers(seed):
-    """Saturated logits of overlapping boxes, like a trained network's. Theirs also fills pixels of no mask."""
+    """Saturated logits of overlapping boxes, as after training. Theirs also fills the pixels of no mask."""
     processor = pytest.importorskip("transformers").Mask2FormerImageProcessor()
     rng, size, isthing = np.random.default_rng(seed), (384, 384), [False] * 3 + [True] * 3
     masks, logits = torch.full((20, *size), -12.0), torch.zeros(20, 7)
@@ -2040,18 +2046,19 @@ def test_postprocessing_equals_transformers(seed):
 
     ids, _, _ = m2f.postprocess(prediction, size, "semantic", isthing)
     assert torch.equal(ids, processor.post_process_semantic_segmentation(both)[0] + 1)
-    theirs = processor.post_process_panoptic_segmentation(both, threshold=0.8, label_ids_to_fuse=set())[0]
-    number = theirs["segmentation"] * (masks[logits.softmax(1)[:, :6].amax(1) > 0.8] > 0).any(0)
-    want = triples((s["label_id"] + 1, s["score"], number == s["id"]) for s in theirs["segments_info"])
+    number, infos = processor.post_process_panoptic_segmentation(both, 0.8, label_ids_to_fuse=[])[0].values()
+    number *= (masks[logits.softmax(1)[:, :6].amax(1) > 0.8] > 0).any(0)
+    want = triples((s["label_id"] + 1, s["score"], number == s["id"]) for s in infos)
     ids, _, found = m2f.postprocess(prediction, size, "panoptic", [True] * 6)
     assert triples(s.values() for s in found) == want and torch.equal(ids > 0, number > 0)
+    scores = [s["score"] for s in found]
+    assert scores == sorted(scores, reverse=True)  # best first
     fused, instances, found = m2f.postprocess(prediction, size, "panoptic", isthing)
     assert torch.equal(fused, ids) and torch.equal(instances > 0, ids > 3)
     assert all(s["class"] > 3 or torch.equal(s["mask"], ids == s["class"]) for s in found)
     assert instances.max() == sum(k > 3 for k, _, _ in want)
-    theirs = processor.post_process_instance_segmentation(both, threshold=0.0, return_binary_maps=True)[0]
-    infos = zip(theirs["segments_info"], theirs["segmentation"])
-    want = triples((s["label_id"] + 1, s["score"], mask) for s, mask in infos)
+    maps, infos = processor.post_process_instance_segmentation(both, 0.0, return_binary_maps=True)[0].values()
+    want = triples((s["label_id"] + 1, s["score"], mask) for s, mask in zip(infos, maps))
     for things in ([True] * 6, isthing):
         _, _, found = m2f.postprocess(prediction, size, "instance", things, top=20)
         assert triples(s.values() for s in found) == [triple for triple in want if things[triple[0] - 1]]
@@ -2077,7 +2084,7 @@ def test_save_and_load(tmp_path):
 def desk(tmp_path, monkeypatch):
     """A folder with images, weights of ours, and others with a config.json, as the working directory."""
     monkeypatch.chdir(tmp_path)
-    Path("config.json").write_text('{"pre_norm":false,"backbone_config":{"embed_dim":96,"hidden_act":"gelu"}}')
+    Path("config.json").write_text('{"pre_norm":0,"backbone_config":{"hidden_act":"gelu","embed_dim":96}}')
     m2f.save_file({"x": torch.zeros(1)}, "hub.safetensors")
     m2f.save(toy_model(class_names=["sky", "house", "tree"], task="semantic"), "w/model.safetensors")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
@@ -2093,7 +2100,8 @@ def test_the_command_draws_overlays(desk, capsys):
     for task in ([], ["--task", "instance"], ["--task", "panoptic"]):
         m2f.main([*map(str, Path().glob("*.*g")), "--weights", "w", "--out", f"out{len(task)}", *task])
     assert "3000 x 20" in capsys.readouterr().out
-    assert sorted(Image.open(p).size for p in Path("out0").iterdir()) == [(320, 640), *4 * [(640, 640)], (1333, 9)]
+    sizes = sorted(Image.open(path).size for path in Path("out0").iterdir())
+    assert sizes == [(320, 640), *4 * [(640, 640)], (1333, 9)]
     before = Image.open("RGB.png").resize((640, 640), Image.BICUBIC)  # every pixel is tinted
     assert (np.asarray(before) != np.asarray(Image.open("out0/RGB.png"))).any(2).mean() > 0.9
     grey = np.arange(0, 65536, 1024).reshape(8, 8)
@@ -2106,8 +2114,9 @@ def test_the_command_draws_overlays(desk, capsys):
     (("w/model.safetensors", b"Mask2Former", b"MaskXFormer"), [], "weights of a MaskXFormer"),
     (("w/model.safetensors", b"decoder.level", b"decoder.lever"), [], "decoder.level"),
     (None, ["--weights", "P.png"], "P.png: not a safetensors file"),
+    (None, ["--weights", "none"], "none: no such file"),
     (("config.json", b"}", b""), ["--weights", "hub.safetensors"], "config.json: not JSON"),
-    (("config.json", b"false", b"true"), ["--weights", "hub.safetensors"], "pre_norm is True"),
+    (("config.json", b"0", b"1"), ["--weights", "hub.safetensors"], "pre_norm is 1"),
     (("config.json", b"gelu", b"relu"), ["--weights", "hub.safetensors"], "hidden_act is relu"),
     (("config.json", b"96", b"95"), ["--weights", "hub.safetensors"], "Known are swin_t"),
     (("L.png", b"PNG", b"no"), [], "L.png: not a readable image"),
@@ -2126,7 +2135,7 @@ def test_a_mistake_ends_in_one_line_and_writes_nothing(desk, spoil, call, words)
     Path(file).write_bytes(Path(file).read_bytes().replace(old, new))
     before = {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
     with pytest.raises(SystemExit) as error:
-        m2f.run(call if callable(call) else lambda: m2f.main(["--weights", "w", "--out", "o", *call, "L.png"]))
+        m2f.run(call if callable(call) else lambda: m2f.main(["--weights=w", "--out", "o", *call, "L.png"]))
     assert words in error.value.code and "\n" not in error.value.code
     assert {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")} == before
 
@@ -2141,8 +2150,7 @@ def test_mask2former_agrees_with_the_cpu(name, monkeypatch, request):
     model, results = m2f.Mask2Former(3, **m2f.PRESETS[name] | {"points": 1024}).eval(), []
     x, truth = torch.randn(2, 3, 64, 64), [some_targets(0, 2, 2), some_targets(1)]
     for device in ("cpu", "cuda"):
-        x = x.to(device)
-        outputs = model.to(device)(x)
+        outputs = model.to(device)(x := x.to(device))
         loss, _ = model.loss(outputs, truth)
         grads = torch.cat([g.flatten().cpu() for g in torch.autograd.grad(loss, list(model.parameters()))])
         results.append((loss.item(), grads, m2f.mask_logits(outputs[-1]).detach().cpu()))
@@ -2181,16 +2189,6 @@ def add_mistakes(ids, instances, isthing, rng):
     if rng.random() < 0.7:
         found[-12:, :20], numbers[-12:, :20] = rng.choice([first, second]), 41  # false if of another class
     return (found, numbers, []), (ids, instances)
-
-
-@pytest.fixture(scope="module", params=["world", pytest.param("coco_sample", marks=pytest.mark.real)])
-def judged(request):
-    """The classes, and (prediction, truth) of 12 pairs; COCO's at a quarter of the resolution."""
-    folder, step = request.param, 4 if request.param == "coco_sample" else 1
-    pairs, rng = PairFolder(request.getfixturevalue(folder) / "train", limit=12), np.random.default_rng(0)
-    isthing = [c["isthing"] for c in pairs.classes]
-    maps = [[pairs.read(i)[part][::step, ::step].copy() for part in ("ids", "instances")] for i in range(12)]
-    return pairs.classes, [add_mistakes(*both, isthing, rng) for both in maps]
 
 
 def measure(Meter, classes, cases):
@@ -2244,12 +2242,20 @@ def slow_pq(cases, isthing):
     return result
 
 
-@pytest.mark.parametrize("Meter, slow", [(T.MeanIoU, slow_miou), (T.PanopticQuality, slow_pq)])
-def test_a_metric_equals_its_definition(judged, Meter, slow):
-    classes, cases = judged
-    result = measure(Meter, classes, cases)
-    assert result == pytest.approx(slow(cases, [c["isthing"] for c in classes]))
-    assert 5 < result[T.SCORE[Meter.task]] < 95
+def check_metrics(folder, step=1):
+    """Of mistakes in the first 12 pairs, at every step-th pixel: mIoU and PQ equal their slow definitions."""
+    pairs, rng, cases = PairFolder(folder, limit=12), np.random.default_rng(0), []
+    isthing = [c["isthing"] for c in pairs.classes]
+    for pair in map(pairs.read, range(12)):
+        ids, instances = (pair[part][::step, ::step].copy() for part in ("ids", "instances"))
+        cases.append(add_mistakes(ids, instances, isthing, rng))
+    for Meter, slow in ((T.MeanIoU, slow_miou), (T.PanopticQuality, slow_pq)):
+        result = measure(Meter, pairs.classes, cases)
+        assert result == pytest.approx(slow(cases, isthing)) and 5 < result[T.SCORE[Meter.task]] < 95
+
+
+def test_metrics_equal_their_definitions(world):
+    check_metrics(world / "train")
 
 
 def cocos_ap(truth, predictions):
@@ -2268,11 +2274,10 @@ def cocos_ap(truth, predictions):
 
 
 @pytest.mark.parametrize("task, short, multi_scale, Meters", [
-    ("semantic", None, False, [T.MeanIoU]), ("semantic", None, True, [T.MeanIoU]),
-    ("instance", 48, False, [T.AveragePrecision]),
+    ("semantic", None, True, [T.MeanIoU]), ("instance", 48, False, [T.AveragePrecision]),
     ("panoptic", None, False, [T.MeanIoU, T.AveragePrecision, T.PanopticQuality])])
 def test_evaluation_equals_one_prediction_after_the_other(world, tmp_path, task, short, multi_scale, Meters):
-    """Of images of two sizes, with a crowd. The written predictions are these, and COCO's tool finds the same AP."""
+    """Of images of two sizes, with a crowd. Of the written predictions, COCO's tool gives the same AP."""
     pair, path = PairFolder(world / "val").read(0), shutil.copytree(world / "val", tmp_path / "val")
     image, ids, instances = (pair[part][:40, :36] for part in ("image", "ids", "instances"))
     ids[-9:, :9], instances[-9:, :9] = 12, CROWD
@@ -2298,8 +2303,7 @@ def test_batches_mix_real_and_synthetic_pairs(world):
     real, synth = PairFolder(world / "train", limit=4), PairFolder(world / "val")
     batches, halves = T.Batches(real, [synth]), T.Batches(real, [synth], steps=10, pretrain=True)
     torch.manual_seed(0)
-    sources = [batches.choose(n, 0)[0] is synth for n in range(2000)]
-    assert abs(np.mean(sources) - 0.6) < 0.04
+    assert abs(np.mean([batches.choose(n, 0)[0] is synth for n in range(2000)]) - 0.6) < 0.04
     assert [halves.choose(n, 0)[0] is synth for n in range(10)] == [True] * 5 + [False] * 5
     ranks = [T.Batches(real, batch=2, rank=rank, world=2) for rank in range(2)]
     order = [ranks[rank].choose(n, i)[1] for n in range(8) for rank in range(2) for i in range(2)]
@@ -2317,7 +2321,7 @@ def test_batches_mix_real_and_synthetic_pairs(world):
 @pytest.mark.parametrize("recipe", ["tiny", "ade20k", "coco"])
 def test_image_and_maps_are_augmented_together(recipe):
     """A picture of two reddish greys, one for each class: colours change, and red stays the strongest."""
-    ids, instances = touching_things(48, 48)
+    ids, instances = (np.roll(part, 9, 1) for part in touching_things(48, 48))
     ids = 3 * ids - 2  # 1 and 4: a blend would be neither
     image = tv_tensors.Image(torch.tensor(np.stack([30 * ids + 30, 30 * ids, 30 * ids])))
     maps, shades = tv_tensors.Mask(torch.tensor(np.stack([ids, instances]))), set()
@@ -2325,7 +2329,8 @@ def test_image_and_maps_are_augmented_together(recipe):
     for _ in range(10):
         found, labels = T.augmentation(recipe, 64, 32)(image, maps)
         inside, (dark, bright) = labels[0] > 0, (found[1, labels[0] == k].float() for k in (1, 4))
-        assert found.shape[1:] == labels.shape[1:] == (64, 32) and found[:, inside].float().sum(1).argmax() == 0
+        red, green, blue = found[:, inside].float().sum(1)
+        assert found.shape[1:] == labels.shape[1:] == (64, 32) and red > max(green, blue)
         assert set(labels[0].unique().tolist()) <= {0, 1, 4} and set(labels[1].unique().tolist()) <= {0, 1, 2}
         if min(len(dark), len(bright)) > 100:
             middle = (dark.median() + bright.median()) / 2
@@ -2402,8 +2407,7 @@ def test_eight_images_are_learned(world, tmp_path, task, judge, least):
 
 
 @pytest.mark.parametrize("void", [False, True])
-def test_a_segmenter_with_a_loss_that_is_not_finite_stops(tmp_path, monkeypatch, void):
-    """The matcher notices it, or, where all is void and nothing to match, the check before a report."""
+def test_nan_stops_a_training_and_keeps_the_last_state(tmp_path, monkeypatch, void):
     pairs = one_pair(tmp_path / "p", *(part * (not void) for part in touching_things()))
     save, out = diffusion.RunFolder.save, tmp_path / "o"
 
@@ -2437,9 +2441,7 @@ def test_classes_of_a_checkpoint(tmp_path):
     assert T.build(other, init=tmp_path).config["class_names"] == ["Sky", "grass, lawn", "ball", "box"]
     m2f.save(T.build(classes[2:], "instance"), tmp_path / "model.safetensors")
     models = m2f.load(tmp_path), T.build(classes, "instance", init=tmp_path).eval()
-    image = torch.rand(1, 3, 32, 32)
-    with torch.no_grad():
-        known, found = (model(image)[-1]["class_logits"].softmax(-1) for model in models)
+    known, found = (model(torch.ones(1, 3, 32, 32))[-1]["class_logits"].softmax(-1) for model in models)
     assert torch.allclose(known, found[..., 2:], atol=1e-6) and found[..., :2].max() == 0
     with pytest.raises(ValueError, match="class 1 is ball, where sky was expected .2 classes instead of 4"):
         T.build(classes, "panoptic", init=tmp_path)
@@ -2463,9 +2465,7 @@ def test_train_then_evaluate_other_folders(world, tmp_path, capsys):
 
 # What is spoiled in world/ or beside it, the flags of train.py or bench/compare.py, words of the message.
 @pytest.mark.parametrize("spoil, flags, words", [
-    (lambda: os.remove("world/val/instances/00001.png"), "", "val/instances: 00001 is missing"),
     (lambda: Path("world", IMAGE).write_bytes(b"no picture"), "", "00000.png: not a readable picture"),
-    (lambda: Image.new("L", (64, 64), 14).save("world/val/masks/00001.png"), "", "the id 14, where 0 to 13"),
     (classes("val", "fog"), "", "val: class 1 is fog, where sky was expected"),
     (classes("train", "sky"), "--task instance", "train: instance segmentation needs"),
     (lambda: shutil.rmtree("world/val/instances"), "--task panoptic", "val: panoptic segmentation needs"),
@@ -2506,15 +2506,14 @@ def test_missing_synthetic_pairs_come_from_a_process_outside_the_group(tmp_path,
     monkeypatch.setattr(T, "ROOT", tmp_path)
     monkeypatch.setattr(T, "PAIRS", 3)
     args = SimpleNamespace(synth=None, data="shapes", rank=0, world=1)
-    ranks = "RANK", "LOCAL_RANK", "WORLD_SIZE"
-    for name in (*ranks, "PASSED_ON"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PASSED_ON"):
         monkeypatch.setenv(name, "1")
     with pytest.raises(ValueError, match="imgsyn: could not be made"):  # there is no imgsyn.py
         T.synthetic_folders(args)
     shutil.copy("masksyn.py", "imgsyn.py")
     assert T.synthetic_folders(args) == [Path("out/shapes/masksyn"), Path("out/shapes/imgsyn")]
     names = Path("out/shapes/imgsyn/environment").read_text().split()
-    assert "PASSED_ON" in names and not set(ranks) & set(names)
+    assert {"RANK", "LOCAL_RANK", "WORLD_SIZE", "PASSED_ON"} & set(names) == {"PASSED_ON"}
     assert len(os.listdir("out/shapes/imgsyn/images")) == 3
     args.synth = []
     assert T.synthetic_folders(args) == []
@@ -2523,7 +2522,7 @@ def test_missing_synthetic_pairs_come_from_a_process_outside_the_group(tmp_path,
 def test_compare_writes_a_table_shares_runs_and_goes_on(world, tmp_path, monkeypatch):
     synth = [shutil.copytree(world / "val", tmp_path / name) for name in ("masksyn", "imgsyn")]
     flags, runs = "--limit-real 4 --seeds 0 1 --steps 2 --batch 2 --size 32 --device cpu".split(), []
-    monkeypatch.setattr(C, "train_segmenter", lambda *args: runs.append(args[-1].name) or T.train_segmenter(*args))
+    monkeypatch.setattr(C, "train_segmenter", lambda *a: runs.append(a[-1].name) or T.train_segmenter(*a))
 
     def compare(*more):
         runs.clear()
@@ -2551,15 +2550,15 @@ def test_camvids_benchmark_trains_both(world, tmp_path):
     assert all(result["steps"] == 2 and 0 < result["val"]["mIoU"] < 100 for result in results)
 
 
-# ---- samples of the real sets ------------------------------------------------------------------------------
-
 @pytest.mark.real
-@pytest.mark.parametrize("task", ["panoptic", "instance"])
-def test_the_coco_sample_trains_and_cocos_tools_read_its_predictions(coco_sample, tmp_path, task):
-    train, val = (PairFolder(coco_sample / split, limit=4) for split in ("train", "val"))
-    model = train_on(train, tmp_path / "o", f"--task {task} --size 64 --steps 2 --batch 2")
-    result = T.evaluate(model, val, task, (64, 256), folder=tmp_path / "p")
-    assert result["images"] == 4 and 0 <= result[T.SCORE[task]] < 50
+def test_the_coco_sample_trains_and_cocos_tools_read_its_predictions(tmp_path):
+    from data.coco import prepare
+    call(prepare, "--root", SAMPLES / "coco", "--out", tmp_path)
+    check_metrics(tmp_path / "val", step=4)
+    train, val = (PairFolder(tmp_path / split, limit=4) for split in ("train", "val"))
+    model = train_on(train, tmp_path / "o", "--task panoptic --size 64 --steps 2 --batch 2")
+    result = T.evaluate(model, val, "panoptic", (64, 256), folder=tmp_path / "p")
+    assert result["images"] == 4 and 0 <= result["PQ"] < 50
     call(export, tmp_path / "p")
     results = COCO(tmp_path / "p/coco/instances.json").loadRes(str(tmp_path / "p/coco/results.json"))
     assert len({one["score"] for one in results.anns.values()}) > 10
@@ -2626,9 +2625,9 @@ def test_captions_masks_and_instances_of_shapes_agree(style):
             assert len(caption.encode()) <= 110 and caption.strip() == caption
   # The first names all things, but for those of a few specks.
             assert caption != first or all(name in named for name in shapes.THINGS if area[name] >= 48)
-        for word, noun in re.findall(r"\b(two|three)(?: \w+)? (house|tree|boat)s\b", first):
+        for word, noun in re.findall(r"\b(two|three|four)(?: \w+)? (house|tree|boat)s\b", first):
             sizes = np.bincount(instances[mask == shapes.CLASSES.index(noun) + 1])
-            assert (sizes >= 12).sum() == shapes.NUMBERS.index(word), first
+            assert (sizes >= 12).sum() == {"two": 2, "three": 3, "four": 4}[word], first
             counts += 1
     small, large = (shapes.scene(np.random.default_rng(8), size, style)["mask"] for size in (32, 96))
     assert counts > 2 and (small == large[1::3, 1::3]).mean() > .95  # one geometry, two resolutions
@@ -2711,11 +2710,11 @@ def test_spoiled_raw_data_is_refused_in_one_line(tmp_path, script, path, content
     assert not list(out.glob("*/classes.json"))  # ... and no reader takes them for the set
 
 
-@pytest.mark.parametrize("script, size", [(camvid, (10, 10)), (ade, (15, 10)), (coco, (12, 10))])
-def test_masks_are_resized_by_nearest_and_sizes_are_not_mixed(tmp_path, script, size):
+@pytest.mark.parametrize("script, flag, size", [(camvid, "9x7", (9, 7)), (ade, 6, (9, 6)), (coco, 6, (8, 6))])
+def test_masks_are_resized_by_nearest_and_sizes_are_not_mixed(tmp_path, script, flag, size):
     raw, full, out = RAW[script](tmp_path / "raw"), tmp_path / "full", tmp_path / "out"
     call(script, "--root", raw, "--out", full)
-    call(script, "--root", raw, "--out", out, "--size", 10)
+    call(script, "--root", raw, "--out", out, "--size", flag)
     before = snapshot(out)
     for path in full.glob("*/*/*.[pj][np]g"):
         small = Image.open((out / path.relative_to(full)).with_suffix(".png"))
@@ -2726,7 +2725,7 @@ def test_masks_are_resized_by_nearest_and_sizes_are_not_mixed(tmp_path, script, 
         assert "prepared at another size" in mistake(script, "--root", raw, "--out", out, *other)
     assert snapshot(out) == before
     (out / "val/classes.json").write_text('[{"name": "cat"}]')
-    assert "lists other classes" in mistake(script, "--root", raw, "--out", out, "--size", 10)
+    assert "lists other classes" in mistake(script, "--root", raw, "--out", out, "--size", flag)
 
 
 @pytest.mark.parametrize("script, at, words", [

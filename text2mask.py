@@ -35,8 +35,8 @@ from torch import nn
 
 import diffusion
 import unet as networks
-from data.pairs import (ROOT, PairFolder, contact_sheet, dataset_name, find_split, number, outline,
-                        palette, picture_size, run, spread, write_mask, write_picture)
+from data.pairs import (ROOT, PairFolder, ShowDefaults, contact_sheet, dataset_name, find_split, number,
+                        outline, palette, picture_size, run, spread, write_mask, write_picture)
 from diffusion import SAMPLERS, Schedule, seed_of
 from unet import PRESETS, VAE, SDXLText, TextEncoder, UNet
 
@@ -73,7 +73,8 @@ def decode(colours, K, ambiguity=0.8):
 def components(values):
     """(H, W) integers -> (H, W) labels: a 4-connected region of equal values gets its smallest flat index.
 
-    Union-find on all pixels at once: neighbours of equal value hook their roots together, then paths shorten.
+    Union-find on all pixels at once: neighbours of equal value take the smaller label, then labels follow
+    labels until nothing changes.
     """
     index = np.arange(values.size).reshape(values.shape)
     right, down = values[:, 1:] == values[:, :-1], values[1:] == values[:-1]
@@ -121,6 +122,8 @@ def segments(codes, isthing, min_region=8):
     numbered 1..254 in reading order. isthing: K bools.
     """
     K = len(isthing)
+    # Without edges, specks are filled first, so that none cuts a region in two. With edges, they are filled
+    # below, together with the edges.
     codes = clean(codes, min_region) if (codes <= K).all() else codes
     label = components(codes)
     size = np.bincount(label.ravel(), minlength=codes.size)
@@ -142,7 +145,7 @@ class ResizeCrop:
     """Scale pictures of one (H, W) to cover another and crop: at random with rng, else in the middle.
 
     Maps of ids are scaled by nearest pixel; photos by the mean of the pixels where they shrink, by cubic
-    interpolation where they grow. .top, .left: where the crop begins; .room: the largest left possible.
+    interpolation where they grow. .top, .left: where the crop begins; .room: the largest `left` possible.
     """
 
     def __init__(self, source, size, rng=None):
@@ -346,8 +349,9 @@ class TextToImage(nn.Module):
             time_ids = time_ids.expand(len(captions), -1)  # (B, 6)
             cond = self.encode_text(captions, device), time_ids, *cond
             uncond = self.encode_text([""] * len(captions), device), time_ids, *uncond
-            x0 = diffusion.denoiser(self, self.schedule, cond, uncond, guidance, decode, guide_above)
-            z = diffusion.sample(x0, self.schedule, randn(), steps, sampler, randn)
+            denoise = diffusion.denoiser(self, self.schedule, cond, uncond, guidance, decode,
+                                         guide_above)
+            z = diffusion.sample(denoise, self.schedule, randn(), steps, sampler, randn)
             return self.from_latents(z)
 
 
@@ -419,7 +423,7 @@ class Text2Mask(TextToImage):
         """B captions and seeds -> (B, H, W) uint8 codes; with maps also the colour maps (B, H, W, 3) in
         [0, 255] that they are read from.
 
-        A code is the likeliest colour of the last step, or of SDXL's picture the nearest.
+        A code is the likeliest colour of the last step; with SDXL, the colour nearest to the picture's.
         """
         if self.vae:
             x0 = self.generate(captions, seeds, steps, guidance, sampler, size)
@@ -510,11 +514,11 @@ def sampling_flags(parser, stage, steps, guidance, sampler):
 
 def fit(model, loss, data, args, stage, picture, measure=None):
     """diffusion.fit with the flags of training_flags; results go to --out or out/NAME/STAGE."""
-    # What makes it another run, beside what diffusion.fit knows itself.
+    # Settings that a resumed run must share, in addition to diffusion.fit's own.
     keys = ("data", "split", "init", "limit", "unfreeze", "controlnet")
     settings = {key: str(getattr(args, key)) for key in keys if hasattr(args, key)}
     settings["pairs"] = data.pairs.fingerprint()
-    if args.init and not args.sdxl:  # nobody retrains SDXL in its place
+    if args.init and not args.sdxl:  # of SDXL, whose folder does not change, the name is enough
         settings["init"] += f" {diffusion.weights_hash(args.init)}"
 
     keys = ("steps", "batch", "accumulate", "lr", "seed", "device", "compile", "workers", "save_every")
@@ -589,7 +593,7 @@ def main(argv=None):
                    help="outline every segment, so that touching instances come apart")
     p.set_defaults(command=train)
     p = commands.add_parser("sample", help="paint the mask of one caption",
-                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                            formatter_class=ShowDefaults)
     p.add_argument("--prompt", required=True, help="the caption")
     p.add_argument("--out", type=Path, default=Path("out/sample"), help="folder of the pictures")
     p.add_argument("--size", type=picture_size, help="64 or 96x72 (default: the size of training)")

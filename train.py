@@ -6,7 +6,7 @@ The number of steps is the same with and without synthetic data, so a gain is no
 
 Paper:   SegGen (2311.03355); Mask2Former (2112.01527) for the recipes; Kirillov et al. (1801.00868) for PQ.
 Differs: the paper does not say how MaskSyn and ImgSyn samples share the probability: here a synthetic folder
-         is chosen evenly, then a pair of it evenly. The `tiny` recipe (from scratch, minutes on a CPU) is
+         is chosen uniformly, then a pair in it. The `tiny` recipe (from scratch, minutes on a CPU) is
          ours. ADE20K's brightness is scaled by up to an eighth (the original adds up to 32 of 255).
 Reads:   pair folders data/NAME/{train,val,...} and out/NAME/{masksyn,imgsyn}.
 Writes:  out/NAME/mask2former/{model.safetensors, state.pt, log.jsonl, metrics.json, samples.png}.
@@ -159,7 +159,8 @@ class Batches(Dataset):
             folder = self.synth[torch.randint(len(self.synth), ())]
             return folder, int(torch.randint(len(folder), ()))
 
-        # The real sample of this position: each pass goes over all of them, in a new order.
+        # The real sample of this position in a shuffled order, new in each pass. A position that a synthetic
+        # sample takes skips its real one.
         position = (n * self.world + self.rank) * self.batch + i
         epoch, k = divmod(position, len(self.real))
         return self.real, real_order(len(self.real), self.seed, epoch)[k]
@@ -654,7 +655,8 @@ def training_flags(description):
     add("--size", type=picture_size, help="training crop: 512, or 240x192 for width x height. Except for "
         "coco, also the shorter side of evaluated images")
     add("--steps", type=positive, help="optimiser steps")
-    add("--batch", type=positive, help="images of a micro-batch and rank; a recipe's are those of a step")
+    add("--batch", type=positive, help="images per micro-batch and rank; without it, the recipe's images of "
+        "a step, shared by ranks and micro-batches")
     add("--accumulate", type=positive, default=1, help="micro-batches of a step (%(default)s)")
     add("--lr", type=number(float, 0, above=True), help="peak learning rate")
     add("--p-synth", type=number(float, 0, 1), default=0.6, help="probability that a synthetic sample "

@@ -137,7 +137,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = conv3x3(in_channels, out_channels)
         self.time_emb_proj = nn.Linear(time_dim, out_channels) if time_dim else None
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
-        self.conv2 = zero(conv3x3(out_channels, out_channels))  # starts as the identity
+        self.conv2 = zero(conv3x3(out_channels, out_channels))  # the residual branch starts at zero
         self.conv_shortcut = nn.Identity()
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
@@ -213,7 +213,7 @@ class Transformer(nn.Module):
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, heads, context_dim) for _ in range(depth))
-        self.proj_out = zero(nn.Linear(channels, channels))  # starts as the identity
+        self.proj_out = zero(nn.Linear(channels, channels))  # the residual branch starts at zero
 
     def forward(self, x, context):
         h = rearrange(self.norm(x), "b c h w -> b (h w) c")  # (B, N, C)

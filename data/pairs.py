@@ -676,6 +676,14 @@ def run(main):
         sys.exit((str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ValueError: "))
 
 
+class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """-h shows every default, but no "(default: None)"."""
+
+    def _get_help_string(self, action):
+        shown = action.default is None or "(default" in action.help
+        return action.help if shown else super()._get_help_string(action)
+
+
 def number(kind, least, most=float("inf"), above=False):
     """An argparse type: a finite number of that kind from `least` (with `above`: over it) to `most`."""
     def parse(text):

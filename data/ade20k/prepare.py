@@ -1,8 +1,8 @@
 """ADE20K scene parsing (SceneParsing150) in the official layout -> pair folders train and val.
 
 Masks are kept as they are: 0 is unlabelled and 1 to 150 are the classes of objectInfo150.txt. Where the
-instance challenge's annotations_instance lies beside them, its 100 classes are things and instances/ tells
-them apart. Captions are any captioner's (--captions), or composed from the scene's name and its classes.
+instance challenge's annotations_instance lies beside them, its 100 classes are things: instances/ separates
+them. Captions are any captioner's (--captions), or composed from the scene's name and its classes.
 
 Differs: the semantic mask is never changed, so that mIoU is the benchmark's: an instance keeps only pixels
          whose class is its own, and pixels of a thing without an instance are a crowd (255): not scored.

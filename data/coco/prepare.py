@@ -1,7 +1,7 @@
 """COCO panoptic (annotations + PNG) in the official layout -> pair folders train and val.
 
 One folder serves all tasks: masks/ holds the semantic view (the 133 categories, whose ids have holes, as 1 to
-133), instances/ tells the things apart, and a (class, instance) pair is a segment. A crowd is instance 255.
+133), instances/ separates the things, and a (class, instance) pair is a segment. A crowd is instance 255.
 Captions are COCO's own, or those of any captioner (--captions), or are composed from what is in the picture.
 
 Differs: things are numbered over the whole image; where more than 254 are in it, within each class, and
