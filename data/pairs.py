@@ -31,19 +31,19 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
 import time
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import Pool
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 
 ROOT = Path(__file__).resolve().parent.parent      # the project
 MAX_CLASSES = 214                                  # 6 x 6 x 6 colours, less void and edge
@@ -71,7 +71,8 @@ def palette(K):
 
 
 def outline(ids, instances, K):
-    """(H, W) class ids and instances -> codes: a segment's last pixels right and down become edge."""
+    """(H, W) class ids and instances -> codes. A pixel whose right or lower neighbour belongs to another
+    segment becomes edge."""
     segment = ids.astype(np.int64) * 256 + instances
     edge = np.zeros(ids.shape, bool)
     edge[:, :-1] |= segment[:, :-1] != segment[:, 1:]
@@ -81,11 +82,21 @@ def outline(ids, instances, K):
 
 # ---- reading -----------------------------------------------------------------------------------------------
 
-def read_json(path):
-    """The content of a JSON file. Raises ValueError with the path where it is none."""
+def read_text(path):
+    """A UTF-8 file's text, without Windows' byte order mark, every line end as "\\n". Raises ValueError."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}). Save it as UTF-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise ValueError(f"{path}: no such file")
+
+
+def read_json(path):
+    """The content of a JSON file. Raises ValueError with the path if it is not JSON."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not a JSON file ({error}). Repair it or make it again")
 
 
@@ -99,19 +110,26 @@ def read_classes(folder):
         isinstance(c, dict) and isinstance(c.get("name"), str) and isinstance(c.get("isthing", False), bool)
         for c in classes)
     if not right:
-        raise ValueError(f'{path}: not a list of {{"name": "sky", "isthing": false}}. Write an entry a class')
+        raise ValueError(f'{path}: not a list of {{"name": "sky", "isthing": false}}, one for each class. '
+                         "Write it so")
     if not 1 <= len(classes) <= MAX_CLASSES:
         raise ValueError(f"{path}: {len(classes)} classes; 1 to {MAX_CLASSES} are possible. Merge some")
     return [c | {"isthing": c.get("isthing", False)} for c in classes]
 
 
-def check_classes(found, expected, where):
+def check_classes(found, expected, where, advice="Use data and weights of the same classes"):
     """Raises ValueError unless two lists of classes have the same names in the same order."""
-    names, wanted = ([c["name"] for c in classes] for classes in (found, expected))
+    names = [c["name"] for c in found]
+    wanted = [c["name"] for c in expected]
     for k, (name, other) in enumerate(itertools.zip_longest(names, wanted, fillvalue="missing"), 1):
         if name != other:
-            raise ValueError(f"{where}: class {k} is {name}, where {other} was expected ({len(names)} "
-                             f"classes instead of {len(wanted)}). Use data and weights of the same classes")
+            counts = f" ({len(names)} classes instead of {len(wanted)})" if len(names) != len(wanted) else ""
+            raise ValueError(f"{where}: class {k} is {name}, where {other} was expected{counts}. {advice}")
+
+
+def has_left_or_right(classes):
+    """Whether a class is named for its side ("left shoe"): labels of a mirrored picture would be wrong."""
+    return any({"left", "right"} & set(re.findall("[a-z]+", c["name"].lower())) for c in classes)
 
 
 def list_files(folder, endings):
@@ -126,7 +144,7 @@ def list_files(folder, endings):
 
 
 def list_partners(folders):
-    """{folder: endings} -> [{name: path}, ...], one a folder.
+    """{folder: endings} -> [{name: path}, ...], one for each folder.
 
     Raises ValueError unless all folders hold the same names.
     """
@@ -136,8 +154,19 @@ def list_partners(folders):
         for name in sorted(listing[first].keys() ^ listing[other].keys()):
             lacks, has = (other, first) if name in listing[first] else (first, other)
             raise ValueError(f"{lacks}: {name} is missing, which {has} holds ({len(listing[lacks])} and "
-                             f"{len(listing[has])} files). Add it, or remove its partner")
+                             f"{len(listing[has])} files). {remedy(lacks, name, folders[lacks])}")
     return list(listing.values())
+
+
+def remedy(folder, name, endings):
+    """What to do where a folder has no file of this name with one of these endings."""
+    for path in sorted(Path(folder).glob("[!.]*")):
+        if path.stem == name:
+            return f"{path.name} is there: save it as {endings[0]}" + (
+                ", from where it was made: a JPEG has changed the ids" if ".jpg" not in endings else "")
+        if unicodedata.normalize("NFC", path.stem) == unicodedata.normalize("NFC", name):
+            return f"Rename {ascii(path.stem)} to {ascii(name)}: its accents are stored in another way"
+    return "Add it, or remove its partner"
 
 
 def list_pairs(folder, masks=True):
@@ -168,8 +197,11 @@ def picture_file(path):
     try:
         with Image.open(path) as picture:
             yield picture
+    except FileNotFoundError:
+        moved = ". It is a link: put the file back that it points to" if Path(path).is_symlink() else ""
+        raise ValueError(f"{path}: no such file{moved}")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable picture ({error}). Replace it or remove the pair")
+        raise ValueError(f"{path}: not a readable picture ({error}). Replace it")
 
 
 def open_picture(path):
@@ -180,9 +212,11 @@ def open_picture(path):
 
 
 def header_size(path):
-    """(width, height) of a picture, without decoding it."""
+    """(width, height) of a picture held upright, without decoding it."""
     with picture_file(path) as picture:
-        return picture.size
+        exif = picture.getexif() if "exif" in picture.info else {}  # it would decode a PNG to look for it
+        turned = exif.get(ExifTags.Base.Orientation, 1) > 4         # by 90 degrees
+        return picture.size[::-1] if turned else picture.size
 
 
 def to_rgb(picture):
@@ -193,6 +227,17 @@ def to_rgb(picture):
     return picture.convert("RGB")
 
 
+def read_values(picture, path):
+    """The ids of an opened picture as they are in its file, (H, W) int64."""
+    ids = np.array(picture).astype(np.int64)
+    if picture.mode == "L" and picture.format == "PNG":
+        with open(path, "rb") as file:
+            bits = file.read(25)[24]
+        if bits in (2, 4):  # Pillow scales these up to 255
+            ids //= 255 // (2 ** bits - 1)
+    return ids
+
+
 def read_ids(path, most, size=None):
     """A mask or instance PNG -> (H, W) uint8 ids, 0 to `most`.
 
@@ -200,25 +245,30 @@ def read_ids(path, most, size=None):
     ids, or an id over `most` (the number of classes; 255 for instances).
     """
     mask = open_picture(path)
+    if mask.format == "JPEG":
+        raise ValueError(f"{path}: a JPEG, which changes ids. Save it as PNG, from where it was made")
     if mask.mode not in ("P", "L", "1", "I", "I;16"):
         raise ValueError(f"{path}: holds colours (mode {mask.mode}), not ids. Save ids as a palette or grey "
                          "PNG")
-    ids = np.array(mask).astype(np.int64)
+    ids = read_values(mask, path)
     if size is not None and ids.shape != tuple(size):
         raise ValueError(f"{path}: {ids.shape[1]} x {ids.shape[0]} pixels, its image {size[1]} x {size[0]}. "
                          "Give both the same size")
     if ids.min(initial=0) < 0 or ids.max(initial=0) > most:
         wrong = ids.min() if ids.min() < 0 else ids.max()
-        raise ValueError(f"{path}: holds the id {wrong}, where 0 to {most} are possible. Repair the mask, or "
-                         "add the class to classes.json")
+        advice = "Repair the mask, or add the class to classes.json"
+        if wrong == 255:
+            advice = ("If it means void, see: python data/prepare.py --void 255; if the masks are 0 and 255: "
+                      "--binary NAME")
+        raise ValueError(f"{path}: holds the id {wrong}, where 0 to {most} are possible. {advice}")
     return ids.astype(np.uint8)
 
 
 def read_captions(folder, name):
     """The lines of captions/NAME.txt; an empty list where there are none."""
     path = Path(folder) / "captions" / f"{name}.txt"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    lines = read_text(path).split("\n") if path.is_file() else []
+    return [line.strip() for line in lines if line.strip()]
 
 
 @functools.cache
@@ -233,7 +283,7 @@ class PairFolder:
     parts     what `read` returns, of "image", "ids" and "instances"; without "ids", masks and classes.json
               may be missing (images for the text-to-image base)
     start     leave out the first pairs ...
-    limit     ... and use at most so many of the rest, in the order of their names
+    limit     ... and use at most `limit` of the rest, in the order of their names
 
     .names, .paths  of the images;  .classes  as read_classes;  .has_instances  whether instances/ exists.
     Raises ValueError where the folder is missing, incomplete or empty.
@@ -259,7 +309,7 @@ class PairFolder:
     def read(self, i):
         """Pair i -> {part: uint8 array}: image (H, W, 3), ids (H, W), instances (H, W; 0 if it has none)."""
         if self.memory is None:
-            return self.decode(i)
+            return self.read_files(i)
         shape = self.shapes[i]
         pixels = np.frombuffer(self.memory, np.uint8, math.prod(shape), self.offsets[i])
         ends = np.cumsum([CHANNELS[part] for part in self.parts])
@@ -267,13 +317,13 @@ class PairFolder:
         return {part: array if part == "image" else array[..., 0]
                 for part, array in zip(self.parts, arrays)}
 
-    def decode(self, i):
+    def read_files(self, i):
         """`read` from the files."""
-        name, pair, size = self.names[i], {}, None
+        name, pair = self.names[i], {}
         if "image" in self.parts:
             pair["image"] = np.asarray(to_rgb(open_picture(self.paths[i])))
-            size = pair["image"].shape[:2]
         if "ids" in self.parts:
+            size = pair["image"].shape[:2] if pair else header_size(self.paths[i])[::-1]
             pair["ids"] = read_ids(self.mask_path(i), len(self.classes), size)
         if "instances" in self.parts:
             pair["instances"] = np.zeros_like(pair["ids"])
@@ -300,7 +350,7 @@ class PairFolder:
         pixels = np.frombuffer(memory, np.uint8)
 
         def store(i):
-            stack = np.dstack(list(self.decode(i).values()))  # (H, W, channels of all parts)
+            stack = np.dstack(list(self.read_files(i).values()))  # (H, W, channels of all parts)
             pixels[self.offsets[i]:self.offsets[i] + stack.size] = stack.ravel()
             self.shapes[i] = stack.shape
         with ThreadPoolExecutor() as pool:
@@ -318,27 +368,64 @@ class PairFolder:
         return ["a picture of " + (", ".join(names) or "nothing")]
 
     def fingerprint(self):
-        """A short text that changes when the data changes, so that no run resumes on other data.
+        """{part: hash}, which changes when the data changes, so that no run resumes on other data.
 
         Of real data: the contents of masks, instances, captions and classes.json, images by name and size. Of
         a synthetic folder: meta.json, which says what made it, and the names.
         """
-        digest = hashlib.sha256(repr(self.names).encode())
-        for path in [self.folder / "meta.json"] if (self.folder / "meta.json").is_file() else self.files():
-            if path.parent.name == "images":
-                digest.update(repr((path.name, path.stat().st_size)).encode())
-            elif path.is_file():
-                digest.update(path.read_bytes())
-        return f"{len(self)} pairs {digest.hexdigest()[:12]}"
+        digests = {"names": hashlib.sha256(repr(self.names).encode())}
+        meta = self.folder / "meta.json"
+        for path in [meta] if meta.is_file() else self.files():
+            part = path.name if path.parent == self.folder else path.parent.name
+            if part == "images":
+                content = repr((path.name, path.stat().st_size)).encode()
+            elif not path.is_file():
+                continue
+            elif part == "captions":
+                content = read_text(path).encode()  # finds one that is not UTF-8 before training
+            else:
+                content = path.read_bytes()
+            digests.setdefault(part, hashlib.sha256()).update(content)
+        return {"pairs": len(self)} | {part: digest.hexdigest()[:12] for part, digest in digests.items()}
 
     def files(self):
         """The paths of all files of these pairs, there or not; an image last of its pair."""
         yield self.folder / "classes.json"
+        yield self.folder / "instances.json"
         for name, path in zip(self.names, self.paths):
             yield self.folder / "masks" / f"{name}.png"
             yield self.folder / "instances" / f"{name}.png"
             yield self.folder / "captions" / f"{name}.txt"
             yield path
+
+
+def count_classes(pairs, most=500):
+    """How many pixels each class has in up to `most` masks, evenly apart -> (K + 1,), void first."""
+    counts = np.zeros(len(pairs.classes) + 1, np.int64)
+    for i in spread(len(pairs), most):
+        ids = read_ids(pairs.mask_path(i), len(pairs.classes))
+        counts += np.bincount(ids.ravel(), minlength=len(counts))
+    return counts
+
+
+def describe_classes(counts, classes):
+    """Pixels of void and every class -> lines of text: their shares, and what looks wrong about them."""
+    share = 100 * counts / max(counts.sum(), 1)
+    names = ["void", *(c["name"] for c in classes)]
+    # "\xa0" keeps a line from breaking between a name and its share.
+    lines = textwrap.wrap("   ".join(f"{name} {value:.3g} %".replace(" ", "\xa0")
+                                     for name, value in zip(names, share)), 110)
+    never = [f"{k} {names[k]}" for k in range(1, len(names)) if not counts[k]]
+    if never:
+        more = " ..." if never[5:] else ""
+        lines.append(f"Warning: no pixel is {', '.join(never[:5])}{more}. Either these classes are rare, or "
+                     "the ids are shifted: where 0 is a class, see data/prepare.py --zero-based.")
+    if share[0] > 50:
+        lines.append(f"Warning: {share[0]:.0f} % of the pixels are void (id 0): nothing is learned there.")
+    if len(classes) == 1 and counts[0]:
+        lines.append(f"Warning: everything that is not {names[1]} is void, so a segmenter may say {names[1]} "
+                     f"everywhere. Make the background a class: data/prepare.py --binary '{names[1]}'")
+    return "\n".join(lines).replace("\xa0", " ")
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
@@ -426,137 +513,12 @@ def unfinished(folder):
     return Path(folder).parent / f".{Path(folder).name}.unfinished"
 
 
-# ---- preparing ---------------------------------------------------------------------------------------------
-
-def run_jobs(work, jobs, processes=None):
-    """Yield work(job) for every job, in their order, from worker processes.
-
-    A job that ends in a ValueError or OSError yields nothing; the first such error is raised after the last
-    job, with the number of them: one run finds all broken files.
-    """
-    errors = []
-    processes = min(processes or os.cpu_count(), max(len(jobs), 1))
-    # Ctrl-C reaches the workers too: they ignore it, and the pool ends them.
-    with Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        results = pool.imap(work, jobs)
-        for _ in jobs:
-            try:
-                yield next(results)
-            except (ValueError, OSError) as error:
-                errors.append(error)
-    if errors:
-        raise ValueError(f"{errors[0]} ({len(errors)} of {len(jobs)} failed)")
-
-
-def prepare_splits(out, splits, classes, read, size, bar):
-    """Raw data -> the pair folders OUT/SPLIT. What is there already stays; a killed run goes on.
-
-    splits   {split: [(image path, captions, *labels), ...]}: the captions may be an empty list
-    classes  the content of classes.json. It is written last, so that no reader takes a part for the set
-    read     read(name, image, *labels) -> ids (H, W), instances (H, W) or None, captions for where there are
-             none; called in worker processes
-    size     None links the images; N resizes their shorter side, (H, W) both sides. Masks: by NEAREST
-    bar      tqdm, or what is called like it
-    """
-    palette(len(classes))  # refuses too many classes
-    folders = {Path(out) / split: jobs for split, jobs in splits.items()}
-    for folder in folders:
-        path = folder / "classes.json"
-        if path.exists() and read_json(path) != classes:
-            raise ValueError(f"{path}: lists other classes. Remove the folder or choose another")
-        remove_temporary(folder)
-    for split, jobs in splits.items():
-        without = sum(not captions for _, captions, *_ in jobs)
-        if without:
-            print(f"{split}: {without} of {len(jobs)} images lack a caption: composed from class names")
-    jobs = [(folder, *job) for folder, jobs in folders.items() for job in jobs]
-    work = functools.partial(prepare_pair, read, size, len(classes))
-    for _ in bar(run_jobs(work, jobs), total=len(jobs), unit=" pairs"):
-        pass
-    for folder in folders:
-        write_json(folder / "classes.json", classes)
-    print(f"{out}: " + ", ".join(f"{split} {len(jobs)} pairs" for split, jobs in splits.items()))
-
-
-def prepare_pair(read, size, K, job):
-    """Write one pair of prepare_splits. Where it is there already, only its captions are written."""
-    folder, source, captions, *labels = job
-    for path in (folder / "images" / source.name, folder / "images" / f"{source.stem}.png"):
-        if path.exists():
-            if header_size(path) != new_size(header_size(source), size):
-                raise ValueError(f"{path}: prepared at another size. Remove the folder or choose another")
-            if captions:
-                write_captions(folder, source.stem, captions)
-            return
-    image = to_rgb(open_picture(source))
-    ids, instances, composed = read(source.stem, image, *labels)
-    if image.size != ids.shape[::-1]:
-        raise ValueError(f"{source}: {image.width} x {image.height} pixels, its mask {ids.shape[1]} x "
-                         f"{ids.shape[0]}. Take both from the same release")
-    if size:
-        image = image.resize(new_size(image.size, size), Image.Resampling.LANCZOS)
-        ids, instances = (resize_ids(each, image.size) for each in (ids, instances))
-    write_pair(folder, source.stem, image if size else source, ids, instances, captions or composed, K)
-
-
-def new_size(size, wanted):
-    """(width, height) of a resized picture. wanted: None for its own, N for the shorter side, or (H, W)."""
-    if isinstance(wanted, int):
-        return tuple(round(side * wanted / min(size)) for side in size)
-    return wanted[::-1] if wanted else size
-
-
-def resize_ids(ids, size):
-    """(H, W) ids, or None, at another (width, height). Mixing neighbours would invent classes."""
-    return ids if ids is None else np.asarray(Image.fromarray(ids).resize(size, Image.Resampling.NEAREST))
-
-
-def read_caption_file(path):
-    """A captioner's JSON or JSONL file -> {image name without ending: [caption, ...]}.
-
-    It holds {image name: caption or captions}, or entries with the name under "file_name", "image", "name",
-    "image_id" or "id" and the text under "caption", "captions" or "text". COCO's own captions are such.
-    """
-    captions = {}
-    try:
-        for name, texts in caption_entries(Path(path).read_text(encoding="utf-8")):
-            lines = [" ".join(text.split()) for text in ([texts] if isinstance(texts, str) else texts)]
-            captions.setdefault(Path(str(name)).stem, []).extend(filter(None, lines))
-        if not captions:
-            raise ValueError("it is empty")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path}: not a file of captions ({error}). Write {{"NAME.jpg": "a caption", ...}}')
-    return captions
-
-
-def caption_entries(text):
-    """The text of such a file -> (image name, caption or captions) of each entry."""
-    try:
-        data = json.loads(text)
-    except ValueError:
-        data = [json.loads(line) for line in text.splitlines() if line.strip()]
-    data = data.get("annotations", data) if isinstance(data, dict) else data
-    for entry in data if isinstance(data, list) else [data]:
-        name = next((entry[k] for k in ("file_name", "image", "name", "image_id", "id") if k in entry), None)
-        texts = next((entry[k] for k in ("caption", "captions", "text") if k in entry), None)
-        yield from entry.items() if name is None or texts is None else [(name, texts)]
-
-
-def join_words(words):
-    """["grass", "sky", "a road"] -> "grass, sky and a road"."""
-    return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else "".join(words)
-
-
-def with_article(noun):
-    """"old house" -> "an old house"."""
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
-
-
 # ---- finding -----------------------------------------------------------------------------------------------
 
 def find_dataset(data):
     """A data set's NAME (data/NAME of the project) or a folder with train/ and val/ -> that folder."""
-    folder = Path(data) if Path(data).is_dir() else ROOT / "data" / data
+    given, named = Path(data), ROOT / "data" / data
+    folder = given if any(given.glob("*/images")) or not named.is_dir() else named
     if folder.is_dir() and (folder.name == "shapes" or any(folder.glob("*/images"))):
         return folder
     if (folder / "prepare.py").is_file():
@@ -599,7 +561,8 @@ def dataset_name(data):
 
 
 def spread(n, count):
-    """`count` positions of n (all where there are fewer), evenly apart: neighbours in a film look alike."""
+    """`count` positions of n (all where there are fewer), evenly apart: frames of a film that follow each
+    other look alike."""
     return [i * n // min(n, count) for i in range(min(n, count))]
 
 
@@ -677,11 +640,21 @@ def run(main):
 
 
 class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """-h shows every default, but no "(default: None)"."""
+    """-h shows the default of every flag that has one."""
 
     def _get_help_string(self, action):
-        shown = action.default is None or "(default" in action.help
+        shown = action.default in (None, False) or "(default" in action.help
         return action.help if shown else super()._get_help_string(action)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An ArgumentParser that shows defaults, and ends in one line where a flag is wrong, as `run` does."""
+
+    def __init__(self, *args, formatter_class=ShowDefaults, **options):
+        super().__init__(*args, formatter_class=formatter_class, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}. See {self.prog} -h\n")
 
 
 def number(kind, least, most=float("inf"), above=False):

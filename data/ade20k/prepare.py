@@ -10,10 +10,9 @@ Reads:   RAW/images/{training,validation}/*.jpg, RAW/annotations/{training,valid
          RAW/objectInfo150.txt; RAW/annotations_instance/{training,validation}/*.png and
          RAW/sceneCategories.txt if there
 Writes:  OUT/{train,val}/{classes.json,images,masks,instances,captions}, by default beside this file
-Needs:   data/pairs.py
+Needs:   data/prepare.py, data/pairs.py
 Run:     python data/ade20k/prepare.py --root RAW/ADEChallengeData2016
 """
-import argparse
 import functools
 import random
 import sys
@@ -23,9 +22,9 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.pairs import (
-    CROWD, join_words, list_partners, number, open_picture, prepare_splits, read_caption_file, read_ids,
-    run, with_article)
+from data.pairs import CROWD, FlagParser, list_partners, number, open_picture, read_ids, read_text, run
+from data.prepare import (check_captions, image_name, join_words, prepare_splits, read_caption_file,
+                          with_article)
 
 CLASSES = 150
 STUFF = (1, 2, 3, 4, 5, 6, 7, 10, 12, 14, 17, 18, 22, 26, 27, 29, 30, 35, 41, 47, 49, 52, 53, 55, 60, 61,
@@ -46,14 +45,11 @@ def read_raw_classes(root):
     if not path.is_file():
         raise ValueError(f"{path}: no such file. Give the folder ADEChallengeData2016, which holds it")
     has_instances = (root / "annotations_instance").is_dir()
-    classes = []
-    for line in path.read_text(encoding="utf-8").strip().splitlines()[1:]:
-        k, *_, names = line.split("\t")
-        isthing = has_instances and int(k) in THINGS
-        classes.append({"name": names.split(",")[0].strip(), "isthing": isthing, "source_id": int(k)})
-    if [c["source_id"] for c in classes] != list(range(1, CLASSES + 1)):
-        raise ValueError(f"{path}: {len(classes)} classes, not those from 1 to {CLASSES}. Unpack it again")
-    return classes
+    rows = [line.split("\t") for line in read_text(path).strip().split("\n")[1:]]
+    if [row[0].strip() for row in rows] != [str(k) for k in range(1, CLASSES + 1)]:
+        raise ValueError(f"{path}: {len(rows)} classes, not those from 1 to {CLASSES}. Unpack it again")
+    return [{"name": row[-1].split(",")[0].strip(), "isthing": has_instances and k in THINGS, "source_id": k}
+            for k, row in enumerate(rows, 1)]
 
 
 def list_raw(root, part, captions):
@@ -70,14 +66,15 @@ def list_raw(root, part, captions):
     jobs = []
     for name, path in images.items():
         instance = instances[0][name] if instances else None
-        jobs.append((path, captions.get(name, []), masks[name], instance, scenes.get(name, "")))
+        lines = captions.get(image_name(path), [])
+        jobs.append((path, lines, masks[name], instance, scenes.get(name, "")))
     return jobs
 
 
 def read_scenes(path):
     """sceneCategories.txt -> {image name: scene}; empty where there is no such file."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    words = [line.split() for line in text.splitlines()]
+    text = read_text(path) if path.is_file() else ""
+    words = [line.split() for line in text.split("\n") if line.strip()]
     return {name: " ".join(scene) for name, *scene in words if scene}
 
 
@@ -141,14 +138,15 @@ def prepare(root, out, captions=None, size=None):
     captions: a captioner's file or None; size: None links the images, N resizes their shorter side.
     """
     classes = read_raw_classes(root)
-    captions = read_caption_file(captions) if captions else {}
+    texts = read_caption_file(captions) if captions else {}
     splits = {split: part for split, part in SPLITS.items() if (root / "images" / part).is_dir()}
-    splits = {split: list_raw(root, part, captions) for split, part in (splits or SPLITS).items()}
-    prepare_splits(out, splits, classes, functools.partial(read_labels, classes), size, tqdm)
+    splits = {split: list_raw(root, part, texts) for split, part in (splits or SPLITS).items()}
+    check_captions(captions, texts, [job[0].name for job in sum(splits.values(), [])])
+    prepare_splits(out, splits, classes, functools.partial(read_labels, classes), size)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = FlagParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, required=True, help="the folder ADEChallengeData2016")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="(default: %(default)s)")
     parser.add_argument("--captions", help="JSON or JSONL of image name -> caption(s)")

