@@ -1,8 +1,9 @@
 """Diffusion without a network: the noising process, its loss, guidance, samplers, and one training loop.
 
 Data x0 is noised to x_t = a_t x0 + s_t noise with a_t^2 + s_t^2 = 1. A network sees (x_t, t) and predicts x0,
-the noise, or a mix of both (v). A sampler walks the noise level sigma = s_t / a_t down to 0 and needs nothing
-but a function (x, sigma) -> x0, so any network, any conditioning and any guidance fit every sampler.
+the noise, or a mix of both (v). Samplers walk x = x_t / a_t = x0 + sigma noise while sigma = s_t / a_t falls
+to 0, and need nothing but a function (x, sigma) -> x0 (`denoiser` makes it, and scales x back to x_t). So any
+network, any conditioning and any guidance fit every sampler.
 
 Paper:   SegGen samples masks with EDM's stochastic sampler in 200 steps and images in 40 [N]. DDPM
          (2006.11239), DDIM (2010.02502), EDM (2206.00364), DPM-Solver++ (2211.01095), classifier-free
@@ -10,8 +11,8 @@ Paper:   SegGen samples masks with EDM's stochastic sampler in 200 steps and ima
 Differs: the process keeps SDXL's 1000 discrete steps, and samplers that need a sigma between two of them
          interpolate; DDIM is deterministic Euler in sigma that ends at 0 (diffusers' set_alpha_to_one).
 Reads:   any map-style torch Dataset.
-Writes:  OUT/{model.safetensors, state.pt, log.jsonl, samples.png} (fit), out/toy (the demo). Of a model on a
-         public base only the trained network is saved, in the public layout.
+Writes:  OUT/{model.safetensors, state.pt, log.jsonl, log.png, samples.png} (fit), out/toy (the demo). Of a
+         model on a public base only the trained network is saved, in the public layout.
 Needs:   no sibling file.
 
     python diffusion.py            # learns a 2-D spiral in seconds, writes out/toy/samples.png
@@ -35,6 +36,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -43,6 +45,8 @@ from tqdm import tqdm
 
 FORMAT = "seggen-1"  # changes when the key layout of our checkpoints changes
 OWN_FILE, PUBLIC_FILE = "model.safetensors", "diffusion_pytorch_model.safetensors"
+RUN_FILES = {OWN_FILE, PUBLIC_FILE, "config.json", "best.safetensors", "state.pt", "settings.json",
+             "log.jsonl", "log.png", "metrics.json", "samples.png"}  # what trainings leave in their folders
 
 
 # ---- the process -------------------------------------------------------------------------------------------
@@ -53,7 +57,7 @@ class Schedule:
     kind        "scaled_linear": Stable Diffusion's and SDXL's betas. "cosine": uniform in the angle
                 atan(sigma) between EDM's sigmas 0.002 and 80: more time on the middle levels, which is where
                 pixels need it.
-    prediction  "epsilon" (the noise), "v_prediction" (a noise - s x0) or "sample" (x0).
+    prediction  "epsilon" (the noise), "v_prediction" (a noise - s x0) or "sample" (diffusers' word for x0).
     spacing     "leading" (+ offset), "trailing" or "linspace": which of the T steps a sampler of n visits.
     """
 
@@ -79,9 +83,12 @@ class Schedule:
 
     @classmethod
     def from_public(cls, path):
-        """SDXL's scheduler_config.json -> Schedule. Raises ValueError where its noise levels are others."""
+        """SDXL's scheduler_config.json -> Schedule. Raises ValueError if its noise levels differ.
+
+        What the file says of its own sampler (Karras sigmas, solver order, ...) is not read.
+        """
         try:
-            config = json.loads(Path(path).read_text(encoding="utf-8"))
+            config = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise ValueError(f"{path}: not a JSON file ({error}). Download it again")
         required = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
@@ -89,8 +96,8 @@ class Schedule:
         for key, value in required.items():
             if config.get(key) != value:
                 raise ValueError(f"{path}: {key} is {config.get(key)!r}, SDXL's is {value!r}. Use its file")
-        if config.get("rescale_betas_zero_snr") or config.get("use_karras_sigmas"):
-            raise ValueError(f"{path}: zero-SNR or Karras noise levels are not SDXL's. Use its own file")
+        if config.get("rescale_betas_zero_snr"):
+            raise ValueError(f"{path}: noise levels of zero SNR are not SDXL's. Use its own file")
         return cls(prediction=config["prediction_type"], spacing=config["timestep_spacing"],
                    offset=config.get("steps_offset", 0))
 
@@ -123,10 +130,10 @@ class Schedule:
         return (x - s * out) / a if self.prediction == "epsilon" else a * x - s * out
 
     def weight(self, t, min_snr):
-        """Loss weight of each t (B,), capped by min_snr: nearly clean inputs teach little. SNR = a^2 / s^2.
+        """Loss weight of each t (B,), with SNR = a^2 / s^2: nearly clean inputs teach little.
 
-        epsilon, v  the loss becomes the error of x0 times min(SNR, min_snr)
-        sample      the error of x0 times min(SNR + 1, min_snr): the v loss, so that pure noise counts too
+        Every loss becomes the error of x0 times min(SNR, min_snr); for "sample" times min(SNR + 1, min_snr),
+        since SNR alone would be 0 at pure noise.
         """
         a, s = self.scales(t, t.ndim)
         snr = (a / s) ** 2
@@ -140,13 +147,13 @@ class Schedule:
 
     def visited_steps(self, n, sampler):
         """Which of the T steps a sampler of n visits: n falling integers, by the public schedulers' rules."""
-        T, parts = self.T, n + (sampler == "dpm++")  # diffusers spaces n + 1 and leaves one out
+        T, count = self.T, n + (sampler == "dpm++")  # diffusers spaces n + 1 and leaves one out
         if self.spacing == "leading":
-            t = np.arange(parts)[::-1][:n] * (T // parts) + self.offset
+            t = np.arange(count)[::-1][:n] * (T // count) + self.offset
         elif self.spacing == "trailing":
             t = np.round(T - np.arange(n) * T / n) - 1
         else:
-            t = np.linspace(0, T - 1, parts).round()[::-1][:n]
+            t = np.linspace(0, T - 1, count).round()[::-1][:n]
         t = np.clip(t, 0, T - 1).astype(int)
         if (levels := len(set(t.tolist()))) < n:  # equal levels give h = 0, and a division by it
             raise ValueError(f"{n} sampling steps: there are only {levels} noise levels. Use fewer steps")
@@ -218,9 +225,9 @@ def sample(denoise, schedule, noise, steps, sampler="dpm++", randn=torch.randn_l
     randn     randn(x) -> fresh noise for EDM
     """
     sigmas = schedule.noise_levels(steps, sampler)
-    # The public samplers start from noise alone, or from noise plus data of unit variance. At high noise it
-    # makes no difference.
-    with_data = sampler in ("ddim", "dpm++") or sampler == "euler" and schedule.spacing == "leading"
+    # The public samplers start ddim, dpm++ and leading euler at the deviation of data and noise, sqrt(1 +
+    # sigma^2), the others at sigma. Above 20 it is the same.
+    with_data = sampler in ("ddim", "dpm++") or (sampler == "euler" and schedule.spacing == "leading")
     first = sigmas[0]
     if with_data and first < 20:
         first = math.sqrt(1 + first ** 2)
@@ -252,11 +259,11 @@ def dpm_solver(denoise, x, walk):
 
 def edm(denoise, x, walk, randn, churn, low=0.05, high=50.0, noise_scale=1.003):
     """EDM's stochastic sampler (algorithm 2 with table 5's ImageNet values; churn 0 is plain Heun)."""
-    gamma, peak = min(churn / len(walk), math.sqrt(2) - 1), 0.0
+    gamma = min(churn / len(walk), math.sqrt(2) - 1)
+    top = walk[0][0]
     for sigma, below in walk:
         # Raise the noise level a little by fresh noise, never above where the network was trained.
-        peak = max(peak, sigma)
-        raised = min(sigma * (1 + gamma), peak) if low <= sigma <= high else sigma
+        raised = min(sigma * (1 + gamma), top) if low <= sigma <= high else sigma
         if raised > sigma:
             x = x + math.sqrt(raised ** 2 - sigma ** 2) * noise_scale * randn(x)
         # An Euler step, then Heun's correction by the slope where it ends.
@@ -269,6 +276,7 @@ def edm(denoise, x, walk, randn, churn, low=0.05, high=50.0, noise_scale=1.003):
     return x
 
 
+# ddim and euler differ in where they start only, see `sample`
 SAMPLERS = {"dpm++": dpm_solver, "ddim": euler, "euler": euler, "edm": edm}
 
 
@@ -278,7 +286,8 @@ class EMA:
     """Exponential moving average of the trained parameters.
 
     The last steps jump about the optimum by the learning rate; their average lies closer to it and gives
-    better samples, so it is what is saved and sampled.
+    better samples, so it is what is saved and sampled. Its state holds the trained weights too: a RunFolder
+    needs no entry for the model.
     """
 
     def __init__(self, model, decay=0.999):
@@ -324,9 +333,9 @@ class EMA:
 class RunFolder:
     """The folder of a training: its log, and the state that an exact resume needs.
 
-    out       gets state.pt (states of all parts, step, log, settings; frozen weights are not in it) and
-              log.jsonl, a line a report
-    settings  JSON values that make it this run and no other
+    out       gets state.pt (states of all parts, step, log, settings; frozen weights are not in it),
+              settings.json, log.jsonl, a line for each report, and log.png, its curves
+    settings  JSON values that make it this run and no other; "steps" and "world" may change between saves
     rank      only rank 0 writes
     parts     what has a state: objects with state_dict() and load_state_dict()
     """
@@ -341,10 +350,13 @@ class RunFolder:
         Raises ValueError where the state is of a run with other settings, or unreadable.
         """
         path = self.out / "state.pt"
+        self.check_folder()
         self.out.mkdir(parents=True, exist_ok=True)
         for temporary in self.out.glob(".tmp*") if self.rank == 0 else ():  # of a run that was killed
             temporary.unlink()
         if not path.exists():
+            if (self.out / "settings.json").exists():  # somebody removed state.pt of a run
+                self.check_settings(json.loads((self.out / "settings.json").read_text()))
             return 0
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -355,13 +367,31 @@ class RunFolder:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.log = json.loads(state["log"])
-        return state["step"]
+        step = state["step"]
+        finished = step >= self.settings.get("steps", math.inf)
+        if self.rank == 0:
+            words = f"{step} steps are done already" if finished else f"goes on after step {step}"
+            print(f"{self.out}: {words}", flush=True)
+        return step
+
+    def check_folder(self):
+        """Raises ValueError where `out` is a file, or a folder of other things than a training's."""
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"{self.out}: is a file. Choose a folder")
+        foreign = [path.name for path in self.out.glob("[!.]*") if path.name not in RUN_FILES]
+        if foreign and not (self.out / "state.pt").exists():
+            raise ValueError(f"{self.out}: holds other files ({min(foreign)}). Choose another folder")
 
     def check_settings(self, old):
-        """Raises ValueError unless the settings of a state are those of this run."""
-        changed = [key for key, value in self.settings.items() if old.get(key) != value]
-        if changed:
-            values = "; ".join(f"{key} {old.get(key)} then, {self.settings[key]} now" for key in changed)
+        """Raises ValueError unless the settings of a state are those of this run, but for steps and ranks."""
+        if self.settings.keys() - old.keys():  # settings that another script does not have
+            raise ValueError(f"{self.out}: holds another kind of run. Choose another folder or delete it")
+        changed = differences(old, self.settings)
+        if "world" in changed and self.rank == 0:
+            print(f"{self.out}: {old['world']} ranks then, {self.settings['world']} now. From here on its "
+                  "weights differ from an undisturbed run's")
+        values = "; ".join(text for key, text in changed.items() if key not in ("steps", "world"))
+        if values:
             raise ValueError(f"{self.out}: holds a run with other settings ({values:.400}). Choose another "
                              "folder or delete it")
 
@@ -370,17 +400,23 @@ class RunFolder:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state.update(step=step, log=json.dumps(self.log), settings=json.dumps(self.settings))
         if self.rank == 0:
+            with atomic_write(self.out / "settings.json") as temporary:
+                temporary.write_text(json.dumps(self.settings, indent=1) + "\n")
             with atomic_write(self.out / "state.pt") as temporary, open(temporary, "wb") as file:
                 torch.save(state, file)
 
     def report(self, bar, **line):
-        """Add a line to the log and print it above the progress bar."""
-        line = {key: round(value, 5) if isinstance(value, float) else value for key, value in line.items()}
+        """Add a line to the log and print it above the progress bar, which shows the loss from then on."""
+        line = {key: float(f"{value:.5g}") if isinstance(value, float) else value
+                for key, value in line.items()}
         self.log.append(line)
         if self.rank == 0:
             with atomic_write(self.out / "log.jsonl") as temporary:
                 temporary.write_text("".join(json.dumps(entry) + "\n" for entry in self.log))
+            with atomic_write(self.out / "log.png") as temporary:
+                draw_log(self.log).save(temporary)
             bar.write("  ".join(f"{key} {value}" for key, value in line.items()))
+            bar.set_postfix(loss=line["loss"], refresh=False)
 
     def check_finite(self, losses, step):
         """Raises ValueError where one of the losses (a list of scalars) up to `step` is NaN or infinite."""
@@ -393,13 +429,62 @@ class RunFolder:
                              "train with a lower learning rate in another folder")
 
 
+def flatten(value, name=""):
+    """Nested dicts and lists -> {"outer.inner": value}."""
+    if not isinstance(value, (dict, list)):
+        return {name: value}
+    flat = {}
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value, 1):
+        flat |= flatten(inner, f"{name}.{key}" if name else str(key))
+    return flat
+
+
+def differences(old, new):
+    """Two nested dicts -> {name: "name a then, b now"} of all that differs."""
+    old, new = flatten(old), flatten(new)
+    return {key: f"{key} {old.get(key)} then, {new.get(key)} now" for key in new | old
+            if old.get(key) != new.get(key)}
+
+
+def draw_log(log, width=360, height=150):
+    """The lines of a log -> a PIL picture: a curve for every number in them, over the steps."""
+    curves = {}
+    for line in log:
+        for key, value in line.items():
+            if key != "step" and isinstance(value, (int, float)):
+                curves.setdefault(key, []).append((line["step"], value))
+    sheet = Image.new("RGB", (2 * width, height * -(-len(curves) // 2)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for n, (key, points) in enumerate(curves.items()):
+        left, top = n % 2 * width, n // 2 * height
+        low, high = min(y for _, y in points), max(y for _, y in points)
+        scale_x, scale_y = (width - 20) / log[-1]["step"], (height - 45) / max(high - low, 1e-12)
+        corners = [(left + 10 + x * scale_x, top + height - 15 - (y - low) * scale_y) for x, y in points]
+        draw.line(corners, fill="#2850aa", width=2)
+        x, y = corners[-1]
+        draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill="#2850aa")
+        draw.text((left + 10, top + 5), f"{key}: {points[-1][1]:.5g}   ({low:.5g} to {high:.5g})", "black")
+    return sheet
+
+
+def peak_memory(device):
+    """The most memory used so far, in MB: of the GPU, else of the process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
+    import resource  # Windows has none
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
 def seed_of(*parts):
     """Any values -> a seed; the same on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
-class Batches(torch.utils.data.Sampler):
-    """Step by step, micro-batches of (index, seed). What is in them depends on (seed, step, rank) alone."""
+class SeededBatches(torch.utils.data.Sampler):
+    """Step by step, micro-batches of (index, seed). What is in them depends on (seed, step, rank) alone.
+
+    Indices are chosen with replacement: there are no epochs.
+    """
 
     def __init__(self, length, batch, accumulate, first, steps, seed, rank):
         self.length, self.batch, self.accumulate = length, batch, accumulate
@@ -442,7 +527,8 @@ def autocast(device):
 
 
 def setup(device="auto"):
-    """Choose the device and, under torchrun, join the process group -> (device, rank, world size).
+    """Choose the device and, under torchrun, join the process group -> (device, rank, world size). Turns on
+    TF32. It may be called again.
 
     device: "auto", "cpu", "cuda" or "cuda:1". Raises ValueError where there is no such device.
     """
@@ -481,9 +567,10 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
               at each save, with EMA weights.
     settings  more JSON values that make it another run
 
-    Called again with as many ranks it goes on from state.pt and ends with the same weights as an undisturbed
-    run: bit for bit on the CPU of one machine; some CUDA kernels add in no fixed order. Raises ValueError
-    where `out` holds another run or the loss is not finite.
+    Called again it goes on from state.pt and ends with the same weights as an undisturbed run: bit for bit on
+    the CPU of one machine; some CUDA kernels add in no fixed order. With more `steps` than before it goes on
+    by the schedule of the new total; with other ranks it goes on with other batches. Raises ValueError where
+    `out` holds another run or the loss is not finite.
     """
     device, rank, world = setup(device)
     model = model.to(device).train()
@@ -493,18 +580,15 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
     settings = dict(steps=steps, batch=batch, world=world, lr=lr, seed=seed, accumulate=accumulate,
                     config=getattr(model, "config", None), **(settings or {}))
     folder = RunFolder(out, settings, rank, average=average, optimiser=optimiser)
-    first = folder.resume()
+    first = folder.resume()  # no step is left to do where more are done
 
     # Train the compiled and distributed net; save the plain model, whose key names are clean.
-    net = torch.compile(model) if compile else model
-    if world > 1:
-        net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None,
-                                      gradient_as_bucket_view=True)
+    net = wrap(model, device, world, compile)
 
     # What makes a resume exact: a batch and its noise depend on (seed, step, rank) alone.
     loader = torch.utils.data.DataLoader(
         dataset if getattr(dataset, "seeded", False) else SeededItems(dataset), num_workers=workers,
-        batch_sampler=Batches(len(dataset), batch, accumulate, first, steps, seed, rank),
+        batch_sampler=SeededBatches(len(dataset), batch, accumulate, first, steps, seed, rank),
         pin_memory=device.type == "cuda", persistent_workers=workers > 0)
     stream = iter(loader)
     losses, clock = [], time.time()
@@ -527,21 +611,35 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
         if saving or done % report_every == 0:
             folder.check_finite(losses, done)
             line = dict(step=done, loss=torch.stack(losses).mean().item(),
-                        seconds_per_step=(time.time() - clock) / len(losses))
+                        rate=optimiser.param_groups[0]["lr"], gradient_norm=norm.item(),
+                        seconds_per_step=(time.time() - clock) / len(losses), memory_mb=peak_memory(device))
             if saving and rank == 0:
                 with average.applied_to_model():
-                    line.update(save_samples(model, folder.out, picture, measure))
+                    line.update(save_model_and_samples(model, folder.out, picture, measure))
                 model.train()
             folder.report(bar, **line)
             if saving:
                 folder.save(done)
             losses, clock = [], time.time()
+    complete = checkpoint_file(folder.out).exists() and (not picture or (folder.out / "samples.png").exists())
+    if rank == 0 and not complete:  # somebody removed a file of a finished run
+        with average.applied_to_model():
+            save_model_and_samples(model, folder.out, picture, measure)
     if world > 1:
         dist.barrier()
     return model.eval()
 
 
-def save_samples(model, out, picture, measure):
+def wrap(model, device, world, compile):
+    """The net to train: the model, compiled where asked, and distributed where there are several ranks."""
+    net = torch.compile(model) if compile else model
+    if world > 1:
+        net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None,
+                                      gradient_as_bucket_view=True)
+    return net
+
+
+def save_model_and_samples(model, out, picture, measure):
     """Write OUT/model.safetensors and OUT/samples.png -> what `measure` says of the model."""
     save(model.eval(), out)
     measured = measure(model) if measure else {}
@@ -614,7 +712,8 @@ def save(model, folder):
             save_file(state, temporary, metadata={"seggen": metadata})
         except SafetensorError as error:  # a full disk, for one
             raise OSError(f"{folder}: {error}")
-        os.umask(umask := os.umask(0))
+        umask = os.umask(0)
+        os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # the library makes it private
 
 
@@ -635,21 +734,33 @@ def weights_hash(path):
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
-def read_checkpoint(path, kind):
-    """A checkpoint of the class named `kind` -> (config, state dict in fp32). Raises ValueError."""
+@contextlib.contextmanager
+def open_checkpoint(path):
+    """Yield a checkpoint's file and its header {"format", "class", "config"}. Raises ValueError."""
     path = checkpoint_file(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file. Train a {kind} first or give another one")
+        raise ValueError(f"{path}: no such file. Train this model first or give another one")
     try:
         with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("seggen", "{}"))
-            state = {name: file.get_tensor(name) for name in file.keys()}
+            yield file, json.loads((file.metadata() or {}).get("seggen", "{}"))
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file, or cut short ({error}). Only those are read, "
-                         "never a pickle")
-    if (header.get("format"), header.get("class")) != (FORMAT, kind):
-        raise ValueError(f"{path}: holds a {header.get('class')} of format {header.get('format')}, not a "
-                         f"{kind} of format {FORMAT}. Give a {kind}")
+        raise ValueError(f"{path}: not a safetensors file, or cut short ({error}). Copy or train it again")
+
+
+def read_header(path):
+    """The header of a checkpoint, without its weights."""
+    with open_checkpoint(path) as (_, header):
+        return header
+
+
+def read_checkpoint(path, kind):
+    """A checkpoint of the class named `kind` -> (config, state dict in fp32). Raises ValueError."""
+    with open_checkpoint(path) as (file, header):
+        state = {name: file.get_tensor(name) for name in file.keys()}
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path}: its format is {header.get('format')}, not {FORMAT}. Give a {kind} of ours")
+    if header["class"] != kind:
+        raise ValueError(f"{path}: holds a {header['class']}, not a {kind}. Give a {kind}")
     if not all(t.isfinite().all() for t in state.values()):
         raise ValueError(f"{path}: some weights are not finite. Train it again with a lower learning rate")
     return header["config"], {k: t.float() if t.is_floating_point() else t for k, t in state.items()}
@@ -664,8 +775,18 @@ def load_strict(net, state, path):
         raise ValueError(f"{path}: not the weights of this {type(net).__name__} ({reason}). Train it again")
 
 
+def load_matching(net, state):
+    """Load the tensors of a state dict that fit the network's shapes; the others keep their new values.
+
+    If only the classes differ, all layers fit but those that have a channel for each class.
+    """
+    own = net.state_dict()
+    net.load_state_dict({key: state[key] if state[key].shape == value.shape else value
+                         for key, value in own.items()})
+
+
 def load(cls, path, device="cpu"):
-    """A checkpoint -> the model in eval mode, built by `cls.from_config(config, device)` or cls(**config)."""
+    """A checkpoint -> the model in eval mode, built by cls.from_config(config, device) or cls(**config)."""
     config, state = read_checkpoint(path, cls.__name__)
     model = cls.from_config(config, device) if hasattr(cls, "from_config") else cls(**config)
     part = getattr(model, "checkpoint_part", None)
@@ -713,7 +834,6 @@ class PointDenoiser(nn.Module):
 
 def plot_samplers(model, schedule, path):
     """A picture of what each sampler makes of the model."""
-    from PIL import Image, ImageDraw
     sheet = Image.new("RGB", (4 * 200, 200), "white")
     draw = ImageDraw.Draw(sheet)
     arm = torch.arange(1000)[:, None] % 2

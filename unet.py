@@ -1,17 +1,20 @@
 """Every network of the generators in plain PyTorch: SDXL's UNet, ControlNet, VAE, CLIP and its tokenizer.
 
 A UNet reads a noisy picture and predicts the clean one, or the noise. The TIME (how noisy it is) enters every
-residual block; the CAPTION enters every transformer block, by cross-attention. A ControlNet is a trainable
-copy of the UNet's left half that also sees a colour map. What it finds passes zero convolutions, which give
-zeros until they are trained, and is added to the UNet's skip connections:
+residual block; the CAPTION enters every transformer block, by cross-attention, and, as one pooled vector, the
+time embedding. A ControlNet is a trainable copy of the UNet's left half that also sees a colour map. What it
+finds passes zero convolutions, which give zeros until they are trained, and is added to the UNet's skip
+connections and middle:
 
-    x --> conv_in ------> down blocks ------> mid block ------> up blocks --> conv_out --> prediction    UNet
-             |                 |                  |                 ^
-             +-----------------+------ skips -----|-----------------+
-             ^ +               ^ +                ^ +
-         zero conv         zero convs         zero conv
-             |                 |                  |
-    x --> conv_in + map --> down blocks ------> mid block                                          ControlNet
+    UNet        x --> conv_in --> down blocks --> mid block --(+)--> up blocks --> conv_out --> prediction
+                         |             |                       ^         ^
+                         +--- skips ---+--------------(+)------|---------+
+                                                       ^       |
+                                                  zero convs   zero conv
+                                                       ^       ^
+                         +--- skips ---+---------------+       |
+                         |             |                       |
+    ControlNet  x --> conv_in + map --> down blocks --> mid block
 
 Attribute names are the key names of the public checkpoints: official weights load with a strict
 `load_state_dict`, and ours open in the public libraries. The small models of the built-in data are the same
@@ -23,14 +26,14 @@ classes with other arguments: see PRESETS. A context need not be text. A model o
 
 Paper: SDXL (2307.01952), ControlNet (2302.05543), CLIP (2103.00020); SegGen (2311.03355) fine-tunes SDXL.
 Differs: small models work on patches of pixels, with a full-resolution head, and read hashed words, not
-       tokens of a vocabulary (after 300 steps a caption moved the loss 30 times as much as with bytes).
+       tokens of a vocabulary. Public ControlNets of other depths than SDXL's are refused.
 Reads: folders in the public layout (config.json, safetensors, a tokenizer's files).  Writes: nothing.
 Needs: no sibling file.
 
     python unet.py                  # the sizes and shapes of every preset
 
-B batch, C channels, H W pixels or latents, N pixels of a grid, L caption tokens, D width, d width of a head,
-T width of the time embedding, P width of the pooled caption (one vector a caption)
+Dimension key: B batch, C channels, H W pixels or latents, N pixels of a grid, L caption tokens, D width, d
+width of a head, T width of the time embedding, P width of the pooled caption (one vector a caption)
 """
 import functools
 import inspect
@@ -69,16 +72,6 @@ PRESETS = {
 
 
 # ---- parts -------------------------------------------------------------------------------------------------
-
-class Network(nn.Module):
-    """A network of the kind that public folders hold. self.config: its constructor's arguments."""
-
-    @classmethod
-    def from_config(cls, config, where="config.json"):
-        """An untrained network, from the dict of a public config.json. Raises ValueError, which names the key
-        and `where` it is missing or wrong."""
-        return cls(**public_arguments(cls, config, where))
-
 
 def arguments(scope):
     """The arguments of a constructor, from its locals()."""
@@ -328,7 +321,7 @@ class UpBlock(Block):
 
 # ---- UNet and ControlNet -----------------------------------------------------------------------------------
 
-class Encoder(Network):
+class Encoder(nn.Module):
     """The half that UNet and ControlNet share: time embedding, down blocks, middle block.
 
     in_channels                   of x: 4 latents, or 3 colours
@@ -409,6 +402,7 @@ class Encoder(Network):
             return time
         sizes = fourier(time_ids.flatten(), self.config["addition_time_embed_dim"])
         sizes = sizes.reshape(len(pooled), -1).to(pooled.dtype)  # (B, 6 dim)
+        # Here the caption enters a second time, as one vector.
         return time + self.add_embedding(torch.cat([pooled, sizes], dim=1))
 
     def encode(self, x, time, context):
@@ -447,7 +441,7 @@ class UNet(Encoder):
         """-> (B, out_channels, H, W): the noise or the clean picture, as the schedule has it.
 
         x          (B, in_channels, H, W), the noisy picture or latents
-        t          (B,), the time, from 0 to 1000
+        t          (B,), the time, from 0 to 999, also between two steps
         context    (B, L, D), a vector for each token of the caption, if cross_attention_dim is given
         pooled     (B, P), one vector for the caption, and
         time_ids   (B, 6), see `embed`: both if projection_class_embeddings_input_dim is given
@@ -578,7 +572,7 @@ class TextLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """A small transformer over the words of a caption: no vocabulary, any language.
+    """A small transformer over the words of a caption: no vocabulary, any language (see `caption_words`).
 
     Hashed words: a token is a hash of a word (0: padding) and picks two rows of one table, whose sum stands
     for the word. Two words may share one row and still differ; they share both about once in rows**2 / 2.
@@ -599,7 +593,7 @@ class TextEncoder(nn.Module):
         """B captions -> (B, length) long on the CPU; words that do not fit are left out."""
         tokens = torch.zeros(len(captions), self.config["length"], dtype=torch.long)
         for row, caption in zip(tokens, captions):
-            words = re.findall(r"\w+|[^\w\s]", caption.lower())[:len(row)]
+            words = caption_words(caption)[:len(row)]
             hashes = [zlib.crc32(word.encode()) + 1 for word in words]  # Python's own hash is salted
             row[:len(words)] = torch.tensor(hashes)
         return tokens
@@ -616,6 +610,23 @@ class TextEncoder(nn.Module):
         x = self.norm(x) * real[..., None]
         mean = x.sum(1) / real.sum(1, keepdim=True).clamp(min=1)
         return x, self.pool(mean)
+
+
+def caption_words(caption):
+    """A caption's words in lower case: runs of letters and digits with their accents, single signs, and
+    single Chinese, Japanese or Korean characters, between which there are no blanks."""
+    text = unicodedata.normalize("NFC", caption.lower())
+    kinds = "".join(character_kind(c) for c in text)  # as long as the text
+    return [text[match.start():match.end()] for match in re.finditer("a+|!", kinds)]
+
+
+def character_kind(c):
+    """A character -> `a` where it makes words with its neighbours, `!` where it stands alone, or a blank."""
+    if c.isspace():
+        return " "
+    if unicodedata.east_asian_width(c) in "WF":
+        return "!"
+    return "a" if c == "_" or unicodedata.category(c)[0] in "LMN" else "!"  # letters, marks, numbers
 
 
 # ---- VAE ---------------------------------------------------------------------------------------------------
@@ -685,7 +696,7 @@ class VAEDecoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-class VAE(Network):
+class VAE(nn.Module):
     """SDXL's autoencoder: pictures (B, 3, H, W) in [-1, 1] <-> latents (B, 4, H / 8, W / 8).
 
     scaling_factor brings the latents to a standard deviation of about 1, as diffusion expects. Pictures go
@@ -748,7 +759,7 @@ class CLIPLayer(nn.Module):
         return x + self.mlp["fc2"](self.activation(h))
 
 
-class CLIPText(Network):
+class CLIPText(nn.Module):
     """One of SDXL's text encoders. SDXL reads the layer before the last, and the second's pooled vector.
 
     Arguments: the keys of the public config.json; projection: whether the pooled vector is projected to
@@ -835,11 +846,21 @@ def read_vocabulary(folder):
     """A tokenizer's folder -> (token -> id, the merges in order): from vocab.json and merges.txt, or from
     tokenizer.json, which recent versions write."""
     if (folder / "vocab.json").exists():
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line.split() for line in lines if line and not line.startswith("#version")]
         return read_json(folder / "vocab.json"), merges
     model = read_json(folder / "tokenizer.json")["model"]
     return model["vocab"], [m.split() if isinstance(m, str) else m for m in model["merges"]]
+
+
+def added_tokens(folder, config):
+    """The tokens that a tokenizer's files add to its vocabulary, each version of the library in its way."""
+    tokens = {entry["content"] for entry in config.get("added_tokens_decoder", {}).values()}
+    if (folder / "added_tokens.json").exists():
+        tokens |= read_json(folder / "added_tokens.json").keys()
+    if (folder / "tokenizer.json").exists():
+        tokens |= {entry["content"] for entry in read_json(folder / "tokenizer.json")["added_tokens"]}
+    return tokens
 
 
 class CLIPTokenizer:
@@ -852,10 +873,13 @@ class CLIPTokenizer:
     def __init__(self, folder, length=77):
         folder = pathlib.Path(folder)
         self.ids, merges = read_vocabulary(folder)
-        pad = read_json(folder / "tokenizer_config.json").get("pad_token", END)
+        config = read_json(folder / "tokenizer_config.json")
+        pad = config.get("pad_token", END)
         special = {START, END, pad}
         if not special <= self.ids.keys():
             raise ValueError(f"{folder}: no {START}, {END} or {pad} in its vocabulary. Download it again.")
+        if more := added_tokens(folder, config) - special:
+            raise ValueError(f"{folder}: has the added tokens {', '.join(sorted(more))}. Give SDXL's own.")
         self.pad = self.ids[pad]
         self.special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
         self.ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
@@ -959,7 +983,8 @@ def required_values(cls, config):
 def public_arguments(cls, config, where):
     """The constructor arguments in the dict of a public config.json. Raises ValueError, naming the key."""
     required = required_values(cls, config)
-    signatures = [inspect.signature(c).parameters.values() for c in cls.__mro__]  # UNet's and Encoder's
+    # A UNet's arguments are its own and, through **encoder, Encoder's.
+    signatures = [inspect.signature(c).parameters.values() for c in cls.__mro__]
     names = {p.name for s in signatures for p in s if p.default is not p.empty} - OWN_ARGUMENTS
     for key in sorted(names | required.keys()):
         value = config.get(key, "missing")
@@ -974,7 +999,7 @@ def public_arguments(cls, config, where):
 def read_json(path):
     """A JSON file -> what it holds. Raises ValueError, naming the path, or OSError."""
     try:
-        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: not a JSON file ({error}). Download it again.")
 
@@ -1026,7 +1051,7 @@ def read_part(cls, folder, device="cpu", dtype=torch.float32):
     missing."""
     path = pathlib.Path(folder) / "config.json"
     with torch.device("meta"):  # shapes without memory, until it is read
-        net = cls.from_config(read_json(path), path)
+        net = cls(**public_arguments(cls, read_json(path), path))
     load_weights(net, folder, device, dtype)
     return net.eval()
 
