@@ -11,24 +11,23 @@ Needs:   unet.py, diffusion.py, text2mask.py, mask2img.py, masksyn.py, data/pair
 
 Dimension key: B batch, H W pixels, K classes. A job is (source name, k): the k-th image of a mask.
 """
-import argparse
 from pathlib import Path
 
 import diffusion
-from data.pairs import PairFolder, ShowDefaults, check_classes, dataset_name, find_split, run
+from data.pairs import FlagParser, PairFolder, check_classes, dataset_name, find_split, run
 from mask2img import Mask2Img
-from masksyn import choose_captions, describe, find_weights, paint, synthesis_flags, synthesize
+from masksyn import (choose_captions, describe, find_generators, limit_sources, paint, synthesis_flags,
+                     synthesize)
 from text2mask import ResizeCrop
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="ImgSyn: human masks -> new images.",
-                                     formatter_class=ShowDefaults)
+    parser = FlagParser(description="ImgSyn: human masks -> new images.")
     synthesis_flags(parser, "--per-mask")
     parser.add_argument("--split", default="train", help="the split whose masks are used")
     args = parser.parse_args(argv)
     device, _, _ = diffusion.setup(args.device)
-    path = find_weights(args.data, "mask2img", args.mask2img)
+    path = find_generators(args, ("mask2img",))["mask2img"]
     pairs = PairFolder(find_split(args.data, args.split), ("ids", "instances"))
     mask2img = diffusion.load(Mask2Img, path, device)
     check_classes(mask2img.config["classes"], pairs.classes, path)
@@ -47,7 +46,7 @@ def main(argv=None):
         return paint(jobs, captions, masks, pairs.has_instances, mask2img, args)
     out = args.out or Path("out") / dataset_name(args.data) / "imgsyn"
     meta = describe(args, pairs.fingerprint(), mask2img=path)
-    synthesize(args, out, pairs.names[:args.limit], make, pairs.classes, meta)
+    synthesize(args, out, limit_sources(args, pairs.names), make, pairs.classes, meta)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Paper:   SegGen (2311.03355) section 3, Mask2Img: SDXL-base frozen + ControlNet 
 Differs: on small data the base is a pixel-space UNet of our own whose ControlNet sees a channel per code
          instead of three colours; --unfreeze trains the base along with the ControlNet; without --init both
          start from scratch together. Caption and mask are left out together for guidance; on SDXL the caption
-         alone, as in the public pipeline, which shows the mask to both halves.
+         alone, as in the public pipeline, which shows the mask with and without the caption.
 Reads:   data/NAME/{train,val,unlabelled} pair folders; --init: a base, or SDXL's public folder.
 Writes:  out/NAME/base, out/NAME/mask2img.
 Needs:   unet.py, diffusion.py, text2mask.py, data/pairs.py.
@@ -22,7 +22,6 @@ Needs:   unet.py, diffusion.py, text2mask.py, data/pairs.py.
 
 Dimension key: B batch, C channels, H W pixels, h w what the UNet paints, L caption tokens, K classes.
 """
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +30,17 @@ import torch.nn.functional as F
 
 import diffusion
 import unet as networks
-from data.pairs import (PairFolder, ShowDefaults, check_classes, contact_sheet, find_split, number, palette,
-                        read_ids, run, spread, write_picture)
+from data.pairs import (FlagParser, PairFolder, check_classes, contact_sheet, count_classes,
+                        describe_classes, find_split, number, outline, palette, read_ids, run, spread,
+                        write_picture)
 from diffusion import Schedule, seed_of
-from text2mask import (DROP, SMALL, CaptionedPairs, TextToImage, apply_recipe, drop_captions,
-                       encode, fit, init_flag, sampling_flags, to_pixels, training_flags)
+from text2mask import (DROP, SMALL, CaptionedPairs, TextToImage, apply_recipe, choose_size,
+                       drop_captions, find_weights, fit_generator, init_flag, sampling_flags, to_pixels,
+                       training_flags)
 from unet import PRESETS, ControlNet, TextEncoder, UNet
 
 SCHEDULE = dict(kind="cosine", prediction="sample", spacing="trailing")
-MIN_SNR = 5.0  # cap of the loss weight SNR + 1; with a weight of 1 textures stay soft
+MIN_SNR = 5.0  # cap of Schedule.weight; an unweighted loss leaves textures soft
 BASE = dict(SMALL, lr=3e-3)
 CONTROL = dict(SMALL, steps=2600)
 
@@ -94,42 +95,44 @@ class Mask2Img(TextToImage):
     def condition(self, codes):
         """(B, H, W) long codes -> what the ControlNet sees: the colour map (B, 3, H, W) in [0, 1].
 
-        That of the small model sees a channel per code (B, K + 2, H, W), and need not learn to tell colours
-        apart.
+        The small model's ControlNet sees a channel per code (B, K + 2, H, W), and need not learn to tell
+        colours apart.
         """
         if self.vae is None:
             return F.one_hot(codes, len(self.colours)).permute(0, 3, 1, 2).float()
         return self.colours[codes].permute(0, 3, 1, 2)
 
-    def forward(self, x, t, text, time_ids, cond):
-        """x (B, C, h, w) noised, t (B,), text and time_ids as TextToImage, cond of `condition` -> as x."""
-        if torch.is_tensor(text):
-            text = self.text(text)
-        context, pooled = text                                              # (B, L, D), (B, P)
-        residuals = self.controlnet(x, t, context, pooled, time_ids, cond)  # for each skip of the UNet
-        return self.unet(x, t, context, pooled, time_ids, residuals)        # (B, C, h, w)
+    def forward(self, x, t, caption, time_ids, colour_map):
+        """x (B, C, h, w) noised, t (B,), caption and time_ids as TextToImage, colour_map of `condition` -> as
+        x."""
+        if torch.is_tensor(caption):
+            caption = self.text(caption)
+        context, pooled = caption  # (B, L, D), (B, P)
+        # For each skip of the UNet, for its middle and its head
+        residuals = self.controlnet(x, t, context, pooled, time_ids, colour_map)
+        return self.unet(x, t, context, pooled, time_ids, residuals)  # (B, C, h, w)
 
     def loss(self, net, batch, drop=DROP, shuffle=False):
-        """The diffusion loss. A share `drop` of the samples has neither mask nor caption, on SDXL no caption.
+        """The diffusion loss. A share `drop` of the samples loses its mask and caption; on SDXL the caption.
 
         shuffle gives each sample another one's mask, to measure whether the network heeds masks.
         """
         codes = batch["codes"].roll(1, 0) if shuffle else batch["codes"]  # (B, H, W)
         keep = torch.rand(len(codes), device=codes.device) >= drop
-        tokens, cond = drop_captions(batch["tokens"], keep), self.condition(codes)
+        tokens, colour_map = drop_captions(batch["tokens"], keep), self.condition(codes)
         if not self.vae:
-            cond = cond * keep[:, None, None, None]
+            colour_map = colour_map * keep[:, None, None, None]
         x0 = self.to_latents(batch["image"])
-        return diffusion.loss(net, self.schedule, x0, tokens, batch["time_ids"], cond,
+        return diffusion.loss(net, self.schedule, x0, tokens, batch["time_ids"], colour_map,
                               min_snr=None if self.vae else MIN_SNR)
 
     def sample(self, codes, captions, seeds, steps=15, guidance=1.5, sampler="dpm++"):
         """(B, H, W) uint8 codes, B captions and seeds -> (B, H, W, 3) uint8 images."""
         codes = torch.from_numpy(np.asarray(codes)).long().to(self.colours.device)
-        cond = self.condition(codes)
-        uncond = cond if self.vae else torch.zeros_like(cond)
+        colour_map = self.condition(codes)
+        without = colour_map if self.vae else torch.zeros_like(colour_map)
         x0 = self.generate(captions, seeds, steps, guidance, sampler, size=codes.shape[1:],
-                           cond=(cond,), uncond=(uncond,))
+                           extra=(colour_map,), extra_uncond=(without,))
         return to_pixels(x0)
 
 
@@ -146,6 +149,7 @@ def train_base(args):
     apply_recipe(args)
     diffusion.setup(args.device)
     pairs = PairFolder(find_split(args.data, args.split), ("image",), limit=args.limit)
+    args.size = choose_size(args, pairs)
     torch.manual_seed(seed_of(args.seed, "weights"))
     model = small_base(args.size)
     pairs.keep()
@@ -161,40 +165,51 @@ def train_base(args):
         captions = [pairs.captions(i)[0] for i in spread(len(data), 32)]
         x0 = model.generate(captions, range(len(captions)), 15, 1.5, "dpm++")
         contact_sheet({"sample": list(to_pixels(x0))}, captions).save(path)
-    fit(model, loss, data, args, "base", picture)
+    fit_generator(model, loss, data, args, "base", picture,
+                  following="python text2mask.py train --data {data} --init {out}")
 
 
 def new_model(args, classes, device):
-    """A new Mask2Img: on SDXL or a small base (--init), frozen unless --unfreeze; or all from scratch."""
+    """A new Mask2Img: on SDXL, a small base or another Mask2Img (--init), or all from scratch. The base is
+    frozen unless --unfreeze."""
     options = dict(size=args.size, classes=classes, edges=args.edges)
     if args.sdxl:
-        model = Mask2Img.from_sdxl(args.init, device, **options)
+        model = Mask2Img.from_sdxl(args.sdxl, device, **options)
         if args.controlnet:
             networks.load_weights(model.controlnet, args.controlnet)
+        elif args.init != args.sdxl:
+            _, state = diffusion.read_checkpoint(args.init, "Mask2Img")
+            diffusion.load_strict(model.controlnet, state, args.init)
         return model
+    base = small_base(args.size)
     if args.init:
-        base = diffusion.load(TextToImage, args.init)
+        kind = diffusion.read_header(args.init).get("class")
+        base = diffusion.load(Mask2Img if kind == "Mask2Img" else TextToImage, args.init)
         base.requires_grad_(args.unfreeze)
-    else:
-        base = small_base(args.size)
     own = dict(PRESETS["tiny"]["controlnet"], conditioning_channels=len(classes) + 2)
     controlnet = ControlNet.from_unet(base.unet, **own)
+    if isinstance(base, Mask2Img):
+        diffusion.load_matching(controlnet, base.controlnet.state_dict())
     return Mask2Img(base.unet, base.text, base.schedule, controlnet, **options)
 
 
 def train(args):
-    """Train the ControlNet on the frozen base."""
+    """Train a Mask2Img: the ControlNet; with --unfreeze the base too; without --init both from scratch."""
     apply_recipe(args)
-    if args.sdxl and args.unfreeze or args.controlnet and not args.sdxl:
-        raise ValueError(f"--init {args.init}: --unfreeze goes with a small base, --controlnet with SDXL. "
-                         "Leave it out")
-    device, _, _ = diffusion.setup(args.device)
+    if args.sdxl and args.unfreeze:
+        raise ValueError("--unfreeze goes with a small base: SDXL stays frozen. Leave it out")
+    if args.controlnet and not args.sdxl:
+        raise ValueError("--controlnet goes with SDXL. Leave it out, or give SDXL's folder by --init")
+    device, rank, _ = diffusion.setup(args.device)
     parts = ("image", "ids", "instances") if args.edges else ("image", "ids")
     pairs = PairFolder(find_split(args.data, "train"), parts, limit=args.limit)
+    args.size = choose_size(args, pairs)
     torch.manual_seed(seed_of(args.seed, "weights"))
     model = new_model(args, pairs.classes, device)
     pairs.keep()
     data = CaptionedPairs(pairs, args.size, model.text.tokenize)
+    if rank == 0:
+        print(describe_classes(count_classes(pairs), pairs.classes))
 
     # Samples and the condition gap are those of val, where there is one.
     val = pairs.folder.parent / "val"
@@ -211,7 +226,8 @@ def train(args):
 
     def measure(model):
         return dict(condition_gap=condition_gap(model, val, measured))
-    fit(model, model.loss, data, args, "mask2img", picture, measure)
+    fit_generator(model, model.loss, data, args, "mask2img", picture, measure,
+                  following="python masksyn.py --data {data}")
 
 
 def draw_samples(model, data, indices):
@@ -241,28 +257,27 @@ def condition_gap(model, data, indices):
     return gap / len(indices)
 
 
-def sample(args):
+def sample_images(args):
     """Paint --count images of --mask -> OUT/images.png: the mask, then the images."""
     device, _, _ = diffusion.setup(args.device)
-    model = diffusion.load(Mask2Img, args.init, device)
+    model = diffusion.load(Mask2Img, find_weights("shapes", "mask2img", args.init), device)
     classes = model.config["classes"]
     codes = read_ids(args.mask, len(classes))
-    height, width = codes.shape
-    if height % 8 or width % 8:
-        raise ValueError(f"{args.mask}: {width} x {height} pixels. Give a mask with sides that 8 "
-                         "divides")
+    if model.config["edges"]:  # as it was trained; what separates instances is not known here
+        codes = outline(codes, np.zeros_like(codes), len(classes))
     seeds = [seed_of(args.seed, k) for k in range(args.count)]
     captions = [args.prompt] * args.count
     masks = np.repeat(codes[None], args.count, 0)
     images = model.sample(masks, captions, seeds, args.steps, args.guidance, args.sampler)
-    pictures = [encode(codes, len(classes)), *images]
+    pictures = [palette(len(classes))[codes], *images]
     sheet = contact_sheet({"": pictures}, ["the mask", *captions], classes)
     write_picture(args.out / "images.png", sheet)
-    print(f"{args.out}: images.png, the mask and {args.count} images")
+    names = ", ".join(f"{k} {classes[k - 1]['name']}" for k in np.unique(codes) if 0 < k <= len(classes))
+    print(f"{args.out}: images.png, the mask and {args.count} images; its ids are read as {names}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Mask2Img: mask + caption -> image.")
+    parser = FlagParser(description="Mask2Img: mask + caption -> image.")
     commands = parser.add_subparsers(required=True, metavar="{base,train,sample}")
     p = commands.add_parser("base", help="train the text-to-image base, without masks")
     training_flags(p, BASE)
@@ -271,19 +286,18 @@ def main(argv=None):
     p.set_defaults(command=train_base)
     p = commands.add_parser("train", help="train the ControlNet on the frozen base of --init")
     training_flags(p, CONTROL)
-    init_flag(p)
+    init_flag(p, "Mask2Img")
     p.add_argument("--controlnet", type=Path, help="SDXL: a public ControlNet to start from")
     p.add_argument("--edges", action="store_true", help="masks have every segment outlined")
     p.add_argument("--unfreeze", action="store_true", help="train the base as well")
     p.set_defaults(command=train)
-    p = commands.add_parser("sample", help="paint images of one mask",
-                            formatter_class=ShowDefaults)
+    p = commands.add_parser("sample", help="paint images of one mask")
     p.add_argument("--mask", type=Path, required=True, help="a PNG of class ids")
     p.add_argument("--prompt", default="", help="the caption")
     p.add_argument("--out", type=Path, default=Path("out/sample"), help="folder of the picture")
     p.add_argument("--count", type=number(int, 1), default=4, help="images of the mask")
     sampling_flags(p, "mask2img", 15, 1.5, "dpm++")
-    p.set_defaults(command=sample)
+    p.set_defaults(command=sample_images)
     args = parser.parse_args(argv)
     args.command(args)
 

@@ -7,18 +7,19 @@ Paper:   SegGen (2311.03355) section 3, MaskSyn. ADE20K: 10 new pairs a training
          EDM's sampler, images in 40 steps [N].
 Differs: EDM in 12 steps (masks), DPM-Solver++(2M) in 15 (images); masks are cleaned of specks; instances are
          connected regions.
-Reads:   captions/ of --data's train split; a trained Text2Mask and Mask2Img.
+Reads:   captions/ of --data's train split, or --captions FILE; a trained Text2Mask and Mask2Img.
 Writes:  OUT pair folder (classes.json, images, masks, instances, captions), meta.json, samples.png.
 Needs:   unet.py, diffusion.py, text2mask.py, mask2img.py, data/pairs.py.
 
     python masksyn.py                                        # 64 pairs from the shipped demo weights
     python masksyn.py --prompt "two red houses by the water at sunset" --count 8
+    python masksyn.py --captions captions.txt                # a pair of every line
     torchrun --nproc_per_node 2 masksyn.py --limit 1000      # each rank makes its share
 
 Dimension key: B batch, H W pixels, K classes. A job is (source name, k): the k-th pair of a source.
 """
-import argparse
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import diffusion
-from data.pairs import (ROOT, PairFolder, ShowDefaults, check_classes, contact_sheet, dataset_name,
-                        find_split, list_files, number, open_picture, outline, palette, read_captions,
-                        read_ids, read_json, remove_temporary, run, spread, write_json, write_pair,
+from data.pairs import (FlagParser, PairFolder, check_classes, contact_sheet, dataset_name, find_split,
+                        list_files, number, open_picture, outline, palette, read_captions, read_ids,
+                        read_json, read_text, remove_temporary, run, spread, write_json, write_pair,
                         write_picture)
 from diffusion import SAMPLERS, seed_of
 from mask2img import Mask2Img
-from text2mask import Text2Mask, segments, words_of
+from text2mask import Text2Mask, find_weights, segments, words_of
 
 
 def split_jobs(sources, per_source, batch, rank, world):
@@ -53,20 +54,24 @@ def pair_name(job):
 
 
 def exists(out, job):
-    """Whether a job's pair is complete: its image is written last."""
-    return (out / "images" / f"{pair_name(job)}.png").exists()
+    """Whether a job's pair is complete."""
+    name = pair_name(job)
+    parts = out / f"images/{name}.png", out / f"masks/{name}.png", out / f"captions/{name}.txt"
+    return all(path.exists() for path in parts)
 
 
 def check_output(out, meta):
-    """Raises ValueError where `out` holds pairs of other settings, data or weights, or other images."""
-    if not any(out.glob("images/*")):
+    """Raises ValueError where `out` holds pairs of other settings, data or weights, or anything else."""
+    if not out.exists():
         return
-    if not (out / "meta.json").is_file():
-        raise ValueError(f"{out}: holds images, but no meta.json of a synthesis. Choose another "
-                         "folder")
-    if read_json(out / "meta.json") != meta:
-        raise ValueError(f"{out}: holds pairs of other settings, data or weights (see meta.json). "
-                         "Choose another folder or delete it")
+    if not out.is_dir() or not (out / "meta.json").is_file() and any(out.glob("[!.]*")):
+        raise ValueError(f"{out}: exists, and is no folder of a synthesis (it has no meta.json). Choose "
+                         "another folder")
+    old = read_json(out / "meta.json") if (out / "meta.json").is_file() else meta
+    changed = "; ".join(diffusion.differences(old, meta).values())
+    if changed:
+        raise ValueError(f"{out}: holds pairs of other settings, data or weights ({changed}). Choose another "
+                         "folder or delete it")
 
 
 def holds_prompt(out):
@@ -74,56 +79,67 @@ def holds_prompt(out):
     return (out / "meta.json").is_file() and "prompt" in read_json(out / "meta.json")
 
 
-def describe(args, source, **checkpoints):
+def prepare_output(out, meta, classes, replace):
+    """Delete `out` if it is to be replaced; else only temporary files of a killed run. Write what describes
+    the pairs."""
+    if replace:
+        shutil.rmtree(out)
+    remove_temporary(out)
+    write_json(out / "meta.json", meta)
+    write_json(out / "classes.json", classes)
+
+
+def describe(args, fingerprint, **checkpoints):
     """The settings, source data and weights that decide a pair's content, for meta.json."""
-    # Left out: flags that change only how many pairs, where they go, or the device.
-    passed_over = ("out", "limit", "per_source", "device", "count", "prompt")
+    # Left out: flags that change only how many pairs, where they go, or the device; and paths of weights,
+    # whose content counts.
+    passed_over = ("out", "limit", "per_source", "device", "count", "prompt", "captions", *checkpoints)
     meta = {key: str(value) for key, value in vars(args).items() if key not in passed_over}
     for name, path in checkpoints.items():
         meta[f"{name}_weights"] = diffusion.weights_hash(path)
-    return meta | {"source": source}
+    return meta | {"source": fingerprint}
 
 
-def synthesize(args, out, sources, make, classes, meta, title=""):
+def synthesize(args, out, sources, make, classes, meta, title="", replace=False):
     """Write the pairs of all jobs that `out` lacks: the loop of both modes.
 
     sources  names; each gets args.per_source pairs
     make     make(jobs) -> for each job the arguments of write_pair: image, ids, instances, captions
     classes  the content of classes.json
     meta     what makes these pairs what they are; raises ValueError where `out` holds others
-    title    the caption of all pairs (--prompt); they replace those of an earlier prompt
+    title    the caption of all pairs (--prompt), above the samples
+    replace  delete what `out` holds first
     """
     _, rank, world = diffusion.setup(args.device)
-    replace = bool(title) and holds_prompt(out)
     if not replace:
         check_output(out, meta)
     batches = split_jobs(sources, args.per_source, args.batch, rank, world)
     todo = [jobs for jobs in batches if replace or not all(exists(out, job) for job in jobs)]
+    bar = tqdm(total=sum(map(len, todo)), desc=out.name, unit="pair", disable=rank > 0)
     # The first batch comes before the folder: bad input ends the run here, and leaves nothing.
+    clock = time.time()
     first = make(todo[0]) if todo else []
+    minutes = (time.time() - clock) * len(todo) / 60
+    if rank == 0 and todo:
+        bar.write(f"{out}: {sum(map(len, todo))} pairs to make, in about {minutes:.1f} min")
     if world > 1:
         dist.barrier()  # every rank has looked at the folder
     if rank == 0:
-        if replace:
-            shutil.rmtree(out)
-        remove_temporary(out)
-        write_json(out / "meta.json", meta)
-        write_json(out / "classes.json", classes)
+        prepare_output(out, meta, classes, replace)
     if world > 1:
         dist.barrier()
-    count = sum(len(jobs) for jobs in todo)
-    with tqdm(total=count, desc=out.name, unit="pair", disable=rank > 0) as bar:
-        for n, jobs in enumerate(todo):
-            # A batch is made as one even where some of its pairs exist: the same batch gives the same bytes.
-            for job, pair in zip(jobs, make(jobs) if n else first):
-                if not exists(out, job):
-                    write_pair(out, pair_name(job), K=len(classes), **pair)
-            bar.update(len(jobs))
+    for n, jobs in enumerate(todo):
+        # A batch is made as one even where some of its pairs exist: the same batch gives the same bytes.
+        for job, pair in zip(jobs, make(jobs) if n else first):
+            if not exists(out, job):
+                write_pair(out, pair_name(job), K=len(classes), **pair)
+        bar.update(len(jobs))
+    bar.close()
     if world > 1:
         dist.barrier()
     if rank == 0:
         draw_samples(out, classes, title)
-        count = len(sources) * args.per_source
+        count = len(list_files(out / "images", (".png",)))
         print(f"{out}: {count} pairs; look at {out / 'samples.png'}")
 
 
@@ -138,24 +154,42 @@ def draw_samples(out, classes, title="", count=24):
     write_picture(out / "samples.png", contact_sheet(rows, captions, classes, title))
 
 
-def find_weights(data, stage, given):
-    """The folder given, else the shipped weights of this data, else out/NAME/STAGE."""
-    shipped = ROOT / "weights" / dataset_name(data) / stage
-    trained = Path("out") / dataset_name(data) / stage
-    return given or (shipped if diffusion.checkpoint_file(shipped).exists() else trained)
+def find_generators(args, stages, need_data=True):
+    """{stage: path of its weights}. Raises ValueError, which names all that is missing at once."""
+    missing = []
+    try:
+        if need_data:
+            find_split(args.data, "train")
+    except ValueError as error:
+        missing.append(str(error))
+    paths = {stage: find_weights(args.data, stage, getattr(args, stage)) for stage in stages}
+    for stage, path in paths.items():
+        if not diffusion.checkpoint_file(path).exists():
+            missing.append(f"{path}: no trained weights. Train them with: python {stage}.py train --data "
+                           f"{args.data} --init BASE, or give others by --{stage}")
+    if len(missing) > 1:  # the weights of a data set of their own
+        missing.append(f"BASE is made by: python mask2img.py base --data {args.data} --split train; or it is "
+                       "SDXL's folder")
+    if missing:
+        raise ValueError("  ".join(f"({n}) {text}." for n, text in enumerate(missing, 1)))
+    return paths
 
 
-def unknown_words(prompt, data):
-    """The words of a prompt that no training caption of the data holds; none where it has no captions."""
+def warn_of_unknown_words(prompt, data):
+    """Print the words of a prompt that no training caption of the data holds, if it has captions."""
     try:
         folder = find_split(data, "train")
     except ValueError:  # a prompt needs no data
-        return []
+        return
     known = set()
     for path in folder.glob("captions/[!.]*.txt"):
         known.update(words_of(" ".join(read_captions(folder, path.stem))))
     words = dict.fromkeys(words_of(prompt))  # each once, in their order
-    return [word for word in words if word not in known] if known else []
+    unknown = [word for word in words if word not in known] if known else []
+    if unknown:
+        more = " ..." if unknown[10:] else ""
+        print(f"No training caption of {data} holds: {', '.join(unknown[:10])}{more}. The weights have not "
+              "learned what that looks like.")
 
 
 def synthesis_flags(parser, per_source):
@@ -165,9 +199,10 @@ def synthesis_flags(parser, per_source):
     add("--data", default="shapes", help="NAME (data/NAME) or a folder with train/ and val/")
     add("--out", type=Path, help="pair folder to write (default: out/NAME/masksyn or imgsyn)")
     add("--mask2img", type=Path,
-        help="trained Mask2Img (default: the shipped one, else out/NAME/mask2img)")
-    add("--limit", type=positive, default=64, help="use the first N captions or masks")
-    add(per_source, dest="per_source", type=positive, default=1, help="pairs of each")
+        help="trained Mask2Img (default: out/NAME/mask2img, else the shipped one)")
+    add("--limit", type=positive,
+        help="use the first N captions or masks (default: 64 of the built-in data, else all)")
+    add(per_source, dest="per_source", metavar="N", type=positive, default=1, help="pairs of each")
     add("--batch", type=positive, default=16, help="pairs at a time")
     add("--steps", type=positive, default=15, help="sampling steps of an image")
     add("--guidance", type=number(float, 0), default=1.5,
@@ -179,12 +214,11 @@ def synthesis_flags(parser, per_source):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description="MaskSyn: captions -> new masks -> new images.",
-                                     formatter_class=ShowDefaults)
+    parser = FlagParser(description="MaskSyn: captions -> new masks -> new images.")
     synthesis_flags(parser, "--per-caption")
     add = parser.add_argument
     add("--text2mask", type=Path,
-        help="trained Text2Mask (default: the shipped one, else out/NAME/text2mask)")
+        help="trained Text2Mask (default: out/NAME/text2mask, else the shipped one)")
     positive = number(int, 1)
     add("--mask-steps", type=positive, default=12, help="sampling steps of a mask")
     add("--mask-sampler", choices=tuple(SAMPLERS), default="edm", help="of masks")
@@ -192,23 +226,24 @@ def parse(argv):
         help="guidance of masks; 1 = none")
     add("--min-region", type=positive, default=8,
         help="smaller regions of a mask go to their surroundings")
+    add("--captions", type=Path, metavar="FILE",
+        help="pairs of the captions in this file, one a line, in out/FILE/masksyn; no data is needed")
     add("--prompt",
         help="pairs of this caption, in out/NAME/prompt, which is replaced each time")
     add("--count", type=positive, default=8, help="pairs of --prompt")
     return parser.parse_args(argv)
 
 
-def load_generators(args, device):
+def load_generators(args, device, need_data=True):
     """Text2Mask, Mask2Img and {stage: path of its weights}. Raises ValueError where they do not fit."""
-    paths = {"text2mask": find_weights(args.data, "text2mask", args.text2mask),
-             "mask2img": find_weights(args.data, "mask2img", args.mask2img)}
+    paths = find_generators(args, ("text2mask", "mask2img"), need_data)
     text2mask = diffusion.load(Text2Mask, paths["text2mask"], device)
     mask2img = diffusion.load(Mask2Img, paths["mask2img"], device)
     first, second = text2mask.config, mask2img.config
     check_classes(second["classes"], first["classes"], paths["mask2img"])
     if second["size"] != first["size"]:
         raise ValueError(f"{paths['mask2img']}: paints (H, W) {second['size']}, and "
-                         f"{paths['text2mask']} {first['size']}. Train both at one size")
+                         f"{paths['text2mask']} {first['size']}. Train both at one --size")
     return text2mask, mask2img, paths
 
 
@@ -250,21 +285,56 @@ def choose_captions(jobs, pairs):
     return captions
 
 
+def limit_sources(args, sources):
+    """The first --limit of the sources; without it, 64 of the built-in data and all of any other."""
+    limit = 64 if dataset_name(args.data) == "shapes" else None
+    return sources[:args.limit or limit]
+
+
+def read_caption_lines(path):
+    """A text file with a caption a line -> {line number: caption}, without empty lines."""
+    if path.suffix.lower() in (".json", ".jsonl"):
+        raise ValueError(f"{path}: a text file with one caption per line is needed, no JSON. Convert it")
+    lines = read_text(path).split("\n")
+    captions = {f"{n:06d}": line.strip() for n, line in enumerate(lines, 1) if line.strip()}
+    if not captions:
+        raise ValueError(f"{path}: holds no caption. Write one a line")
+    return captions
+
+
 def main(argv=None):
     args = parse(argv)
+    if args.prompt is not None and args.captions:
+        raise ValueError("--prompt has no effect with --captions. Give one of them")
     if args.prompt is not None:
         return paint_prompt(args)
+    if args.captions:
+        return paint_captions(args)
     device, _, _ = diffusion.setup(args.device)
-    folder = find_split(args.data, "train")
     text2mask, mask2img, paths = load_generators(args, device)
-    pairs = PairFolder(folder, ("ids",))
+    pairs = PairFolder(find_split(args.data, "train"), ("ids",))
     check_classes(text2mask.config["classes"], pairs.classes, paths["text2mask"])
 
     def make(jobs):
         return make_pairs(jobs, choose_captions(jobs, pairs), text2mask, mask2img, args)
     out = args.out or Path("out") / dataset_name(args.data) / "masksyn"
     meta = describe(args, pairs.fingerprint(), **paths)
-    synthesize(args, out, pairs.names[:args.limit], make, pairs.classes, meta)
+    synthesize(args, out, limit_sources(args, pairs.names), make, pairs.classes, meta)
+
+
+def paint_captions(args):
+    """--captions: pairs of the lines of a file. It needs no data: the classes are those of the weights."""
+    captions = read_caption_lines(args.captions)
+    device, rank, _ = diffusion.setup(args.device)
+    text2mask, mask2img, paths = load_generators(args, device, need_data=False)
+    if rank == 0:
+        warn_of_unknown_words(" ".join(captions.values()), args.data)
+
+    def make(jobs):
+        return make_pairs(jobs, [captions[source] for source, _ in jobs], text2mask, mask2img, args)
+    out = args.out or Path("out") / args.captions.stem / "masksyn"
+    meta = describe(args, f"{len(captions)} captions {seed_of(captions):x}", **paths)
+    synthesize(args, out, list(captions)[:args.limit], make, text2mask.config["classes"], meta)
 
 
 def paint_prompt(args):
@@ -272,18 +342,16 @@ def paint_prompt(args):
     if not args.prompt.strip():
         raise ValueError("--prompt: is empty. Say what the pictures should show")
     device, rank, _ = diffusion.setup(args.device)
-    text2mask, mask2img, paths = load_generators(args, device)
-    unknown = unknown_words(args.prompt, args.data)
-    if unknown and rank == 0:
-        print(f"No training caption of {args.data} holds: {', '.join(unknown)}. The weights have not "
-              "learned what that looks like.")
+    text2mask, mask2img, paths = load_generators(args, device, need_data=False)
+    if rank == 0:
+        warn_of_unknown_words(args.prompt, args.data)
 
     def make(jobs):
         return make_pairs(jobs, [args.prompt] * len(jobs), text2mask, mask2img, args)
     out = args.out or Path("out") / dataset_name(args.data) / "prompt"
-    meta = describe(args, args.prompt, **paths) | {"prompt": args.prompt}
+    meta = describe(args, None, **paths) | {"prompt": args.prompt}
     sources, classes = [f"prompt{n}" for n in range(args.count)], text2mask.config["classes"]
-    synthesize(args, out, sources, make, classes, meta, title=args.prompt)
+    synthesize(args, out, sources, make, classes, meta, title=args.prompt, replace=holds_prompt(out))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ Needs:   unet.py, diffusion.py, data/pairs.py.
 Dimension key: B batch, C channels, H W pixels, L caption tokens, D width, P width of the pooled caption, K
 classes. Codes: 0 void, 1..K the classes, K + 1 edge.
 """
-import argparse
 import contextlib
 import functools
 import re
@@ -35,15 +34,16 @@ from torch import nn
 
 import diffusion
 import unet as networks
-from data.pairs import (ROOT, PairFolder, ShowDefaults, contact_sheet, dataset_name, find_split, number,
-                        outline, palette, picture_size, run, spread, write_mask, write_picture)
+from data.pairs import (CROWD, ROOT, FlagParser, PairFolder, contact_sheet, dataset_name, describe_classes,
+                        find_split, header_size, has_left_or_right, list_pairs, number, outline, palette,
+                        picture_size, run, spread, write_mask, write_picture)
 from diffusion import SAMPLERS, Schedule, seed_of
 from unet import PRESETS, VAE, SDXLText, TextEncoder, UNet
 
 DROP = 0.1  # share of captions left out in training, for classifier-free guidance
 # Defaults of the training commands: those of SDXL where --init is its folder; batch and EMA are ours [?].
-SMALL = dict(size=(64, 64), steps=5000, batch=16, lr=2e-3, workers=0, save_every=500)
-SDXL = dict(size=(768, 768), steps=30_000, batch=4, lr=1e-5, workers=4, save_every=2500)
+SMALL = dict(steps=5000, batch=16, lr=2e-3, workers=0, save_every=500)
+SDXL = dict(steps=30_000, batch=4, lr=1e-5, workers=4, save_every=2500)
 SDXL_LOOP = dict(warmup=500, decay="constant", ema=0.9999)
 
 
@@ -64,7 +64,8 @@ def decode(colours, K, ambiguity=0.8):
     pixels = torch.from_numpy(np.array(colours, np.float32)).reshape(-1, 3)
     code_colours = torch.from_numpy(palette(K).astype(np.float32))
     codes = []
-    for part in pixels.split(1 << 18):  # all of 2 MP would take 1.2 GB
+    # In parts: the distances of all of 2 MP would take 1.2 GB.
+    for part in pixels.split(1 << 18):
         distance, code = torch.cdist(part, code_colours).topk(2, largest=False)  # (N, 2)
         codes.append(torch.where(distance[:, 0] > ambiguity * distance[:, 1], 0, code[:, 0]))
     return torch.cat(codes).reshape(colours.shape[:2]).to(torch.uint8).numpy()
@@ -85,7 +86,8 @@ def components(values):
         low = np.minimum(label[a], label[b])
         np.minimum.at(label, label[a], low)
         np.minimum.at(label, label[b], low)
-        while (shorter := label[label]).tobytes() != label.tobytes():
+        # A label is the index of a pixel of the region: jump along until all point at one that is its own.
+        while not np.array_equal(shorter := label[label], label):
             label = shorter
         apart = label[a] != label[b]
         a, b = a[apart], b[apart]
@@ -98,9 +100,9 @@ def grow(known, *maps):
     while known.any() and not known.all():
         before = known.copy()
         for axis, shift in ((0, 1), (0, -1), (1, 1), (1, -1)):
-            border = (slice(None),) * axis + (0 if shift == 1 else -1,)
             take = np.roll(before, shift, axis)
-            take[border] = False  # nothing is beyond the border
+            lines = take if axis == 0 else take.T
+            lines[0 if shift == 1 else -1] = False  # np.roll brings it in from the other side
             take &= ~known
             for m in maps:
                 m[take] = np.roll(m, shift, axis)[take]
@@ -119,7 +121,7 @@ def segments(codes, isthing, min_region=8):
     """(H, W) codes, edges included -> class ids and instances, both (H, W) uint8.
 
     An instance is a connected region of a thing between edges, grown back over the edges. Instances are
-    numbered 1..254 in reading order. isthing: K bools.
+    numbered 1..254 in reading order; what comes after is a crowd, 255. isthing: K bools.
     """
     K = len(isthing)
     # Without edges, specks are filled first, so that none cuts a region in two. With edges, they are filled
@@ -134,8 +136,8 @@ def segments(codes, isthing, min_region=8):
         ids = np.where(codes > K, 0, codes)
     things = np.concatenate([[False], isthing])[ids]
     instances = np.zeros(ids.shape, np.uint8)
-    for n, root in enumerate(np.unique(label[things])[:254], 1):
-        instances[things & (label == root)] = n
+    for n, root in enumerate(np.unique(label[things]), 1):
+        instances[things & (label == root)] = min(n, CROWD)
     return ids.astype(np.uint8), instances
 
 
@@ -154,8 +156,10 @@ class ResizeCrop:
         self.width = max(round(source[1] * scale), size[1])
         self.photo = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
         self.size, self.room = size, self.width - size[1]
-        self.top, self.left = (int(rng.integers(room + 1)) if rng else room // 2
-                               for room in (self.height - size[0], self.room))
+
+        def start(room):
+            return int(rng.integers(room + 1)) if rng else room // 2
+        self.top, self.left = start(self.height - size[0]), start(self.room)
 
     def __call__(self, array):
         """(H, W) ids or (H, W, 3) pixels, uint8 -> the same at the new size."""
@@ -176,16 +180,26 @@ class CaptionedPairs(torch.utils.data.Dataset):
     time_ids  (6,) SDXL's size conditioning: original size, crop corner and target size, each (h, w) in pixels
 
     size is (H, W). With augment, the crop is random and half of the samples are mirrored, unless the caption
-    speaks of left or right.
+    or a class speaks of left or right.
     """
     seeded = True
 
     def __init__(self, pairs, size, tokenize, augment=True):
         self.pairs, self.size = pairs, tuple(size)
         self.tokenize, self.augment = tokenize, augment
+        self.mirrors = not has_left_or_right(pairs.classes)
 
     def __len__(self):
         return len(self.pairs)
+
+    def cropped_share(self):
+        """The share of an average picture's pixels that the crop leaves out, from up to 500 headers."""
+        kept = []
+        for i in spread(len(self), 500):
+            width, height = header_size(self.pairs.paths[i])
+            aspect = width / height * self.size[0] / self.size[1]
+            kept.append(min(aspect, 1 / aspect))
+        return 1 - float(np.mean(kept))
 
     def __getitem__(self, key):
         index, seed = key
@@ -195,7 +209,7 @@ class CaptionedPairs(torch.utils.data.Dataset):
         caption, mirror = captions[0], False
         if self.augment:
             caption = captions[rng.integers(len(captions))]
-            mirror = rng.random() < 0.5 and not {"left", "right"} & set(words_of(caption))
+            mirror = rng.random() < 0.5 and self.mirrors and not {"left", "right"} & set(words_of(caption))
         crop = ResizeCrop(source, self.size, rng if self.augment else None)
         views = {part: crop(array) for part, array in pair.items()}
         left = crop.left
@@ -219,8 +233,8 @@ class CaptionedPairs(torch.utils.data.Dataset):
 
 
 def words_of(caption):
-    """The words of a caption in lower case: runs of letters."""
-    return re.findall(r"[^\W\d_]+", caption.lower())
+    """The words of a caption in lower case: runs of letters and digits."""
+    return re.findall(r"[^\W_]+", caption.lower())
 
 
 # ---- the networks ------------------------------------------------------------------------------------------
@@ -280,12 +294,12 @@ class TextToImage(nn.Module):
         unet = networks.read_part(UNet, Path(folder) / "unet", device)
         return cls(unet, text, schedule, vae=vae, base=folder, **arguments)
 
-    def forward(self, x, t, text, time_ids):
-        """x (B, C, H, W) noised, t (B,), text (B, L) tokens or what `encode_text` made of them, time_ids
+    def forward(self, x, t, caption, time_ids):
+        """x (B, C, H, W) noised, t (B,), caption (B, L) tokens or what `encode_text` made of them, time_ids
         (B, 6) -> the schedule's prediction, as x."""
-        if torch.is_tensor(text):
-            text = self.text(text)
-        context, pooled = text                             # (B, L, D), (B, P)
+        if torch.is_tensor(caption):
+            caption = self.text(caption)
+        context, pooled = caption                          # (B, L, D), (B, P)
         return self.unet(x, t, context, pooled, time_ids)  # (B, C, H, W)
 
     @torch.no_grad()
@@ -319,20 +333,20 @@ class TextToImage(nn.Module):
         self.unet.enable_checkpointing()
 
     def autocast(self):
-        """bf16 for samples of SDXL in training, on CUDA. Small models sample in fp32; what was loaded of SDXL
-        is bf16 already."""
+        """bf16 on CUDA for samples of a model on SDXL in training, whose weights are fp32. Small models
+        sample in fp32; a loaded model on SDXL is bf16 already."""
         weight = next((getattr(self, "checkpoint_part", None) or self.unet).parameters())
         if self.vae is None or weight.dtype == torch.bfloat16:
             return contextlib.nullcontext()
         return diffusion.autocast(weight.device)
 
     @torch.no_grad()
-    def generate(self, captions, seeds, steps, guidance, sampler, size=None, cond=(), uncond=(),
+    def generate(self, captions, seeds, steps, guidance, sampler, size=None, extra=(), extra_uncond=(),
                  decode=None, guide_above=0.0):
         """B captions and seeds -> x0 (B, 3, H, W). A sample depends on its own caption and seed alone.
 
-        cond, uncond: further arguments of forward, with and without their condition; decode, guide_above: as
-        in diffusion.denoiser.
+        extra, extra_uncond: further arguments of forward, with and without their condition; decode,
+        guide_above: as in diffusion.denoiser.
         """
         device = next(self.parameters()).device
         size = tuple(size or self.config["size"])
@@ -341,14 +355,14 @@ class TextToImage(nn.Module):
         shape = self.unet.config["in_channels"], size[0] // factor, size[1] // factor
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-        def randn(x=None):
+        def randn(_=None):  # the samplers pass x, whose shape is known here
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
         with self.autocast():
             # SDXL gets the size and the crop of its picture as a condition: here an uncropped one.
             time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=device)
             time_ids = time_ids.expand(len(captions), -1)  # (B, 6)
-            cond = self.encode_text(captions, device), time_ids, *cond
-            uncond = self.encode_text([""] * len(captions), device), time_ids, *uncond
+            cond = self.encode_text(captions, device), time_ids, *extra
+            uncond = self.encode_text([""] * len(captions), device), time_ids, *extra_uncond
             denoise = diffusion.denoiser(self, self.schedule, cond, uncond, guidance, decode,
                                          guide_above)
             z = diffusion.sample(denoise, self.schedule, randn(), steps, sampler, randn)
@@ -367,7 +381,7 @@ def to_pixels(x0):
 
 
 class Text2Mask(TextToImage):
-    """The same UNet with a logit per palette code and pixel. On SDXL: its own UNet, all of it fine-tuned.
+    """A TextToImage whose UNet gives a logit per palette code and pixel. On SDXL: SDXL's UNet, fine-tuned.
 
     classes: [{"name", "isthing"}]; edges: whether codes have edges; the rest as TextToImage.
     """
@@ -381,11 +395,10 @@ class Text2Mask(TextToImage):
 
     @classmethod
     def from_base(cls, base, size, classes, edges=False):
-        """On a small TextToImage: its weights, except the last convolution, which gives a logit per code."""
+        """On a small base, or a Text2Mask of other classes: its weights, except the last convolution, which
+        gives a logit per code."""
         unet = UNet(**dict(base.unet.config, out_channels=len(classes) + 2))
-        state, own = base.unet.state_dict(), unet.state_dict()
-        fresh = [key for key in own if own[key].shape != state[key].shape]
-        unet.load_state_dict(state | {key: own[key] for key in fresh})
+        diffusion.load_matching(unet, base.unet.state_dict())
         return cls(unet, base.text, base.schedule, size, classes, edges)
 
     @property
@@ -395,15 +408,17 @@ class Text2Mask(TextToImage):
 
     def loss(self, net, batch, drop=DROP):
         """Pixels: cross-entropy of the codes at a random noise level. SDXL: the diffusion loss of the colour
-        map's latents. A share `drop` of the captions is left out."""
+        map's latents. A share `drop` of the captions is left out. net: this model, perhaps compiled or
+        wrapped for DDP."""
         codes = batch["codes"]                        # (B, H, W)
-        x0 = self.colours[codes].permute(0, 3, 1, 2)  # (B, 3, H, W)
+        x0 = self.colours[codes].permute(0, 3, 1, 2)  # (B, 3, H, W): here masks become colours
         if self.vae:
             keep = torch.rand(len(codes), device=codes.device) >= drop
             tokens = drop_captions(batch["tokens"], keep)
             z0 = self.to_latents(x0)
             return diffusion.loss(net, self.schedule, z0, tokens, batch["time_ids"])
-        # Flat colours show through much noise: train mostly there (7 of 10 samples with sigma > 1).
+        # Flat colours show through much noise: train mostly there. The cosine schedule has sigma = 1 in its
+        # middle, and 1 - u^2 is over a half for 7 of 10 samples.
         u = torch.rand(len(codes), device=codes.device)
         t = ((1 - u ** 2) * self.schedule.T).long().clamp(max=self.schedule.T - 1)
         x = self.schedule.add_noise(x0, torch.randn_like(x0), t)
@@ -430,7 +445,7 @@ class Text2Mask(TextToImage):
             K = len(self.config["classes"])
             codes = np.stack([decode(colours, K) for colours in to_pixels(x0)])
         else:
-            last = None
+            last = None  # the logits of the sampler's last call: they give the codes
 
             def decode_logits(logits):
                 nonlocal last
@@ -444,14 +459,17 @@ class Text2Mask(TextToImage):
         return (codes, colour_maps) if maps else codes
 
 
-def count_class_weights(data, codes, first=500):
-    """The weight of every code in the loss, (codes,): 1 / its share of the pixels, with mean 1 over pixels.
+def count_codes(data, codes, most=500):
+    """How many pixels each code has in up to `most` masks of a CaptionedPairs, evenly apart -> (codes,)."""
+    items = (data[i, 0]["codes"] for i in spread(len(data), most))
+    return sum(torch.bincount(item.ravel(), minlength=codes) for item in items)
 
-    A sun fills one pixel of 100 and would hardly be learned otherwise. Counted on the first pairs; a code
-    that is not there weighs 1.
+
+def class_weights(counts):
+    """Pixels of every code -> its weight in the loss: 1 / its share, with mean 1 over pixels.
+
+    A sun fills one pixel of 100 and would hardly be learned otherwise. A code that is not there weighs 1.
     """
-    counts = sum(torch.bincount(data[(i, 0)]["codes"].ravel(), minlength=codes)
-                 for i in range(min(len(data), first)))
     share = counts / counts.sum()
     weight = 1 / share.clamp(min=1e-3)
     return torch.where(counts > 0, weight / (weight * share).sum(), 1.0)
@@ -462,17 +480,17 @@ def count_class_weights(data, codes, first=500):
 def training_flags(parser, small):
     """The flags of every training command of the generators; small: its defaults without SDXL."""
     def default(key):
-        values = [small[key], SDXL[key]]
-        values = [f"{v[1]}x{v[0]}" for v in values] if key == "size" else values
-        return f"(default: {values[0]}; on SDXL {values[1]})"
+        return f"(default: {small[key]}; on SDXL {SDXL[key]})"
     add = parser.add_argument
     add("--data", default="shapes",
         help="NAME (data/NAME) or a folder with train/ and val/ (default: shapes)")
     add("--out", type=Path, help="folder of the results (default: out/NAME/STAGE)")
-    add("--size", type=picture_size, help=f"64 or 96x72, width x height {default('size')}")
+    add("--size", type=picture_size, help="64 or 96x72, width x height (default: the shape of the data's "
+        "pictures, with as many pixels as 64x64; on SDXL as 768x768)")
     positive = number(int, 1)
     add("--limit", type=positive, help="use the first N training pairs only")
-    add("--steps", type=positive, help=f"training steps {default('steps')}")
+    add("--steps", type=positive,
+        help=f"training steps {default('steps')}; with more than before, a finished run goes on")
     add("--batch", type=positive, help=f"samples a micro-batch and rank {default('batch')}")
     add("--accumulate", type=positive, default=1, help="micro-batches a step (default: 1)")
     add("--lr", type=number(float, 0, above=True), help=f"peak learning rate {default('lr')}")
@@ -484,25 +502,58 @@ def training_flags(parser, small):
     parser.set_defaults(recipe=small, init=None)
 
 
-def init_flag(parser):
-    parser.add_argument("--init", type=Path,
-                        help="base to start from: a folder of `mask2img.py base`, or SDXL's public folder")
+def init_flag(parser, kind):
+    parser.add_argument("--init", type=Path, help="base to start from: a folder of `mask2img.py base`, or "
+                        f"SDXL's public folder; or a {kind} to train on, of other data too")
 
 
 def apply_recipe(args):
-    """Fill in the flags that were not given: from the command's small recipe, or SDXL's. Sets args.sdxl."""
-    args.sdxl = bool(args.init) and networks.is_sdxl(args.init)
+    """Fill in the flags that were not given: from the command's small recipe, or SDXL's.
+
+    Sets args.sdxl: SDXL's folder if the model is built on SDXL (--init, or what its checkpoint names), else
+    None.
+    """
+    args.sdxl = None
+    if args.init and networks.is_sdxl(args.init):
+        args.sdxl = args.init = args.init.resolve()  # a checkpoint names its base
+    elif args.init and not args.init.exists():
+        raise ValueError(f"{args.init}: no such folder. Give one of mask2img.py base, or SDXL's, which "
+                         "docs/paper_scale.md says how to download")
+    elif args.init:
+        args.sdxl = diffusion.read_header(args.init).get("config", {}).get("base")
     for key, value in (SDXL if args.sdxl else args.recipe).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if args.sdxl:
-        args.init = args.init.resolve()  # a checkpoint names its base
+
+
+def choose_size(args, pairs):
+    """--size, or the shape of a typical picture with the recipe's number of pixels -> (H, W).
+
+    It is that of all pairs of the folder, whatever --limit: both generators need one size.
+    """
+    if args.size:
+        return args.size
+    paths = [path for _, path in list_pairs(pairs.folder, masks=False)]
+    sizes = [header_size(paths[i]) for i in spread(len(paths), 500)]
+    aspect = float(np.median([width / height for width, height in sizes]))
+    side, multiple = (768, 64) if args.sdxl else (64, 8)
+    height, width = side / aspect ** 0.5, side * aspect ** 0.5
+    return tuple(max(1, round(length / multiple)) * multiple for length in (height, width))
+
+
+def find_weights(data, stage, given=None):
+    """The folder given, else what was trained in out/NAME/STAGE, else the shipped weights of this data."""
+    trained = Path("out") / dataset_name(data) / stage
+    shipped = ROOT / "weights" / dataset_name(data) / stage
+    if given:
+        return given
+    return shipped if shipped.is_dir() and not diffusion.checkpoint_file(trained).exists() else trained
 
 
 def sampling_flags(parser, stage, steps, guidance, sampler):
-    """The flags of sampling from a trained Text2Mask or Mask2Img, whose weights are shipped in weights/."""
+    """The flags of sampling from a trained Text2Mask or Mask2Img."""
     add = parser.add_argument
-    add("--init", type=Path, default=ROOT / "weights" / "shapes" / stage, help="trained model")
+    add("--init", type=Path, help=f"trained model (default: out/shapes/{stage}, else the shipped one)")
     add("--steps", type=number(int, 1), default=steps, help="sampling steps")
     add("--guidance", type=number(float, 0), default=guidance,
         help="classifier-free guidance; 1 = none")
@@ -512,13 +563,16 @@ def sampling_flags(parser, stage, steps, guidance, sampler):
     add("--device", default="auto", help="cpu, cuda, cuda:1 ...")
 
 
-def fit(model, loss, data, args, stage, picture, measure=None):
-    """diffusion.fit with the flags of training_flags; results go to --out or out/NAME/STAGE."""
+def fit_generator(model, loss, data, args, stage, picture, measure=None, following=""):
+    """diffusion.fit with the flags of training_flags; results go to --out or out/NAME/STAGE.
+
+    following: the command that comes next, for the last line.
+    """
     # Settings that a resumed run must share, in addition to diffusion.fit's own.
     keys = ("data", "split", "init", "limit", "unfreeze", "controlnet")
     settings = {key: str(getattr(args, key)) for key in keys if hasattr(args, key)}
     settings["pairs"] = data.pairs.fingerprint()
-    if args.init and not args.sdxl:  # of SDXL, whose folder does not change, the name is enough
+    if args.init and args.init != args.sdxl:  # SDXL's folder does not change: its name is enough
         settings["init"] += f" {diffusion.weights_hash(args.init)}"
 
     keys = ("steps", "batch", "accumulate", "lr", "seed", "device", "compile", "workers", "save_every")
@@ -527,16 +581,42 @@ def fit(model, loss, data, args, stage, picture, measure=None):
         loop.update(SDXL_LOOP)
         model.enable_checkpointing()
     out = args.out or Path("out") / dataset_name(args.data) / stage
+    _, rank, world = diffusion.setup(args.device)
+    if rank == 0:
+        print(f"{out}: {describe_run(model, data, args, world)}", flush=True)
     diffusion.fit(model, loss, data, out, picture=picture, measure=measure, settings=settings, **loop)
+    if rank == 0:
+        print(f"{out}: look at samples.png and log.png. Next: "
+              f"{following.format(data=args.data, out=out, init=args.init or 'BASE')}")
+
+
+def describe_run(model, data, args, world):
+    """A line for people on what is trained, on what, and how."""
+    device, _, _ = diffusion.setup(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    precision = str(diffusion.precision(device)).removeprefix("torch.")
+    everything = sum(p.numel() for p in model.parameters()) / 1e6
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    height, width = model.config["size"]
+    return (f"{args.steps} steps of {args.batch * args.accumulate * world} pictures on {world} x {name}, "
+            f"{precision}; {len(data)} pairs of {data.pairs.folder} at {width} x {height}, "
+            f"{data.cropped_share():.0%} of a picture cropped away; {trained:.1f} M of {everything:.1f} M "
+            f"parameters are trained, from {args.init or 'scratch'}")
 
 
 def new_model(args, classes, device):
-    """A new Text2Mask: on SDXL or a small base (--init), or from scratch."""
+    """A new Text2Mask: on SDXL, a small base or another Text2Mask (--init), or from scratch."""
     options = dict(size=args.size, classes=classes, edges=args.edges)
     if args.sdxl:
-        return Text2Mask.from_sdxl(args.init, device, **options)
+        model = Text2Mask.from_sdxl(args.sdxl, device, **options)
+        if args.init != args.sdxl:
+            _, state = diffusion.read_checkpoint(args.init, "Text2Mask")
+            diffusion.load_strict(model.unet, state, args.init)
+        return model
     if args.init:
-        return Text2Mask.from_base(diffusion.load(TextToImage, args.init), **options)
+        kind = diffusion.read_header(args.init).get("class")
+        base = diffusion.load(Text2Mask if kind == "Text2Mask" else TextToImage, args.init)
+        return Text2Mask.from_base(base, **options)
     config = dict(PRESETS["tiny"], schedule=dict(kind="cosine", prediction="sample", spacing="trailing"))
     unet = UNet(**dict(config["unet"], out_channels=len(classes) + 2))
     return Text2Mask(unet, TextEncoder(**config["text"]), Schedule(**config["schedule"]), **options)
@@ -545,30 +625,35 @@ def new_model(args, classes, device):
 def train(args):
     """Train on the masks and captions of a pair folder."""
     apply_recipe(args)
-    device, _, _ = diffusion.setup(args.device)
+    device, rank, _ = diffusion.setup(args.device)
     parts = ("ids", "instances") if args.edges else ("ids",)
     pairs = PairFolder(find_split(args.data, "train"), parts, limit=args.limit)
+    args.size = choose_size(args, pairs)
     torch.manual_seed(seed_of(args.seed, "weights"))
     model = new_model(args, pairs.classes, device)
     pairs.keep()
     data = CaptionedPairs(pairs, args.size, model.text.tokenize)
+    counts = count_codes(data, len(pairs.classes) + 2)
     if not model.vae:
-        model.class_weights = count_class_weights(data, len(pairs.classes) + 2)
+        model.class_weights = class_weights(counts)
+    if rank == 0:
+        print(describe_classes(counts[:-1].numpy(), pairs.classes))
 
     def picture(model, path):
         chosen = spread(len(data), 8 if model.vae else 24)
         captions = [pairs.captions(i)[0] for i in chosen]
         colours = palette(len(pairs.classes))
-        real = [colours[data[(i, 0)]["codes"].numpy()] for i in chosen]
+        real = [colours[data[i, 0]["codes"].numpy()] for i in chosen]
         sampled = list(colours[model.sample(captions, range(len(captions)))])
         contact_sheet({"real": real, "sample": sampled}, captions, pairs.classes).save(path)
-    fit(model, model.loss, data, args, "text2mask", picture)
+    following = "python mask2img.py train --data {data} --init {init}"
+    fit_generator(model, model.loss, data, args, "text2mask", picture, following=following)
 
 
-def sample(args):
+def sample_mask(args):
     """Paint the mask of one caption -> OUT/{mask,colours,legend}.png."""
     device, _, _ = diffusion.setup(args.device)
-    model = diffusion.load(Text2Mask, args.init, device)
+    model = diffusion.load(Text2Mask, find_weights("shapes", "text2mask", args.init), device)
     classes = model.config["classes"]
     codes = model.sample([args.prompt], [seed_of(args.seed)], args.steps, args.guidance, args.sampler,
                          args.size)
@@ -584,23 +669,22 @@ def sample(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Text2Mask: captions -> segmentation masks.")
+    parser = FlagParser(description="Text2Mask: captions -> segmentation masks.")
     commands = parser.add_subparsers(required=True, metavar="{train,sample}")
     p = commands.add_parser("train", help="train on the masks and captions of a pair folder")
     training_flags(p, SMALL)
-    init_flag(p)
+    init_flag(p, "Text2Mask")
     p.add_argument("--edges", action="store_true",
                    help="outline every segment, so that touching instances come apart")
     p.set_defaults(command=train)
-    p = commands.add_parser("sample", help="paint the mask of one caption",
-                            formatter_class=ShowDefaults)
+    p = commands.add_parser("sample", help="paint the mask of one caption")
     p.add_argument("--prompt", required=True, help="the caption")
     p.add_argument("--out", type=Path, default=Path("out/sample"), help="folder of the pictures")
     p.add_argument("--size", type=picture_size, help="64 or 96x72 (default: the size of training)")
     p.add_argument("--min-region", type=number(int, 1), default=8,
                    help="smaller regions go to their surroundings")
     sampling_flags(p, "text2mask", 12, 2.0, "edm")
-    p.set_defaults(command=sample)
+    p.set_defaults(command=sample_mask)
     args = parser.parse_args(argv)
     args.command(args)
 

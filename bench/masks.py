@@ -16,7 +16,6 @@ Needs:   diffusion.py, text2mask.py, data/pairs.py.
 
 Dimension key: B batch, H W pixels, K classes.
 """
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -26,9 +25,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import diffusion
-from data.pairs import PairFolder, check_classes, find_split, number, palette, read_json, run, write_json
+from data.pairs import (FlagParser, PairFolder, check_classes, find_split, number, palette, read_json, run,
+                        write_json)
 from diffusion import seed_of
-from text2mask import ResizeCrop, Text2Mask, components, sampling_flags, segments, words_of
+from text2mask import (ResizeCrop, Text2Mask, components, find_weights, sampling_flags, segments,
+                       words_of)
 
 SPECK = 8                      # regions under so many pixels
 OFF = 20                       # grey levels from the nearest colour of the palette
@@ -152,8 +153,7 @@ def measure(model, pairs, args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = FlagParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", default="shapes", help="NAME (data/NAME) or a folder with train/ and val/")
     add("--split", default="val", help="the split whose captions are used")
@@ -164,7 +164,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device, _, _ = diffusion.setup(args.device)
     pairs = PairFolder(find_split(args.data, args.split), ("ids",), limit=args.limit)
-    model = diffusion.load(Text2Mask, args.init, device)
+    model = diffusion.load(Text2Mask, find_weights(args.data, "text2mask", args.init), device)
     check_classes(pairs.classes, model.config["classes"], pairs.folder / "classes.json")
 
     figures = measure(model, pairs, args)
