@@ -18,8 +18,9 @@ Needs:   no sibling file.
 
     python mask2former.py photo.jpg --weights mask2former-swin-tiny-coco-panoptic/ --task panoptic
 
-B batch, H W pixels, h w pixels of a map, C channels, D width, N tokens or targets, Q queries, K classes,
-M heads, d width of a head, P points, L outputs (one before the decoder's layers, and one after each)
+Dimension key: B batch, H W pixels, h w pixels of a map, C channels, D width, N tokens or targets, Q queries,
+K classes, M heads, d width of a head, P points, L outputs (one before the decoder's layers, and one after
+each).
 """
 import contextlib
 import json
@@ -45,7 +46,8 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTran
 from torchvision.ops import FrozenBatchNorm2d
 
 TASKS = ("semantic", "panoptic", "instance")
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's
+
 CROWD = 255  # in a map of instances: many things that nobody separated
 
 # Arguments of torchvision's SwinTransformer. B and L are the models for 384 px, with windows of 12
@@ -83,9 +85,10 @@ class ResNet(nn.Module):
     stride = 32
     channels = (256, 512, 1024, 2048)
 
-    def __init__(self, name, weights=None):
+    def __init__(self, name):
         super().__init__()
-        net = torchvision.models.get_model(name, weights=weights, norm_layer=FrozenNorm)
+        self.name = name
+        net = torchvision.models.get_model(name, weights=None, norm_layer=FrozenNorm)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
 
@@ -96,6 +99,29 @@ class ResNet(nn.Module):
             x = stage(x)
             maps.append(x)
         return maps
+
+    def load_imagenet(self):
+        """Load torchvision's ImageNet weights. Raises ValueError where they cannot be had."""
+        parts = {"conv1": "stem.0", "bn1": "stem.1"}
+        parts |= {f"layer{i + 1}": f"stages.{i}" for i in range(4)}
+        state = {}
+        for key, value in imagenet_weights(self.name).items():
+            part, rest = key.split(".", 1)
+            if part in parts:  # all but the classifier, fc
+                state[f"{parts[part]}.{rest}"] = value
+        self.load_state_dict(state)
+
+
+def imagenet_weights(name):
+    """torchvision's state dict of a backbone, which it downloads once."""
+    try:
+        weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except Exception as error:  # no network, a file cut short: each has another type
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name}: its ImageNet weights cannot be had ({reason}). Connect to the "
+                         f"internet and run this again; delete a broken file in {folder}") from error
 
 
 class Tiny(nn.Module):
@@ -149,37 +175,37 @@ class WindowAttention(ShiftedWindowAttention):
             x = x.roll((-shift, -shift), (1, 2))
         x = rearrange(x, "b (h a) (w c) d -> (b h w) (a c) d", a=window, c=window)  # (B windows, n, C)
         q, k, v = rearrange(self.qkv(x), "b n (t m d) -> t b m n d", t=3, m=self.num_heads)
-        bias = self.get_relative_position_bias()               # (1, M, n, n)
+        bias = self.get_relative_position_bias()  # (1, M, n, n)
         if shift:
             hidden = ~self.shift_mask(h * window, w * window, x.device)[:, None]
             bias = (bias - 100.0 * hidden).repeat(B, 1, 1, 1)  # (B windows, M, n, n)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        x = self.proj(rearrange(x, "b m n d -> b n (m d)"))    # (B windows, n, C)
+        x = self.proj(rearrange(x, "b m n d -> b n (m d)"))  # (B windows, n, C)
         x = rearrange(x, "(b h w) (a c) d -> b (h a) (w c) d", a=window, c=window, h=h, w=w)
         if shift:
             x = x.roll((shift, shift), (1, 2))
-        return x[:, :H, :W]                                    # (B, H, W, C)
+        return x[:, :H, :W]  # (B, H, W, C)
 
 
 class Swin(nn.Module):
     """torchvision's SwinTransformer, with a layer norm on each of its four maps."""
     stride = 32
 
-    def __init__(self, name, weights=None):
+    def __init__(self, name):
         super().__init__()
+        self.name = name
         block = partial(SwinTransformerBlock, attn_layer=WindowAttention)
         net = SwinTransformer(patch_size=[4, 4], **SWINS[name], stochastic_depth_prob=0.3, num_classes=1,
                               block=block)
         self.features = net.features  # the stem, then stages at 1, 3, 5, 7 with patch merging between them
         self.channels = tuple(SWINS[name]["embed_dim"] * 2 ** i for i in range(4))
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
-        if weights:
-            self.load_torchvision(name, weights)
 
-    def load_torchvision(self, name, weights):
-        if SWINS[name]["window_size"] != [7, 7]:
-            raise ValueError(f"torchvision has no {name} with windows of 12. Choose swin_t or swin_s")
-        public = torchvision.models.get_model_weights(name)[weights].get_state_dict(progress=True)
+    def load_imagenet(self):
+        """Load torchvision's ImageNet weights. Raises ValueError where they cannot be had."""
+        if SWINS[self.name]["window_size"] != [7, 7]:
+            raise ValueError(f"torchvision has no {self.name} with windows of 12. Choose swin_t or swin_s")
+        public = imagenet_weights(self.name)
         own = self.features.state_dict()
         self.features.load_state_dict({key: public[f"features.{key}"] for key in own})
 
@@ -205,8 +231,8 @@ def init_xavier(layer):
     nn.init.zeros_(layer.bias)
 
 
-def sine_code(m):
-    """Position codes of the pixels of a map (B, D, h, w), (1, h w, D): the row in the first half of the
+def position_encoding(m):
+    """Position encodings of the pixels of a map (B, D, h, w), (1, h w, D): the row in the first half of the
     channels, the column in the second, each as sines and cosines of D / 4 frequencies."""
     _, D, h, w = m.shape
     rate = 10000 ** (2 * torch.arange(D // 4, device=m.device) / (D // 2))
@@ -253,18 +279,18 @@ class DeformableAttention(nn.Module):
         direction = torch.stack([angle.cos(), angle.sin()], 1)         # (M, 2), on a circle
         direction = direction / direction.abs().amax(1, keepdim=True)  # on a square
         distance = torch.arange(1, points + 1)[:, None]
-        start = direction[:, None, None] * distance                    # (M, 1, P, 2)
+        start = direction[:, None, None] * distance  # (M, 1, P, 2)
         with torch.no_grad():
             self.offsets.bias.copy_(start.expand(-1, levels, -1, -1).flatten())
 
-    def forward(self, x, code, centres, sizes):
-        """x (B, N, D): the tokens of all maps in a row; code (1, N, D): their position codes; centres (N, 2):
+    def forward(self, x, position, centres, sizes):
+        """x (B, N, D): the tokens of all maps in a row; position (1, N, D): their encodings; centres (N, 2):
         their x y in 0..1; sizes: (h, w) of each map -> (B, N, D)."""
-        query = x + code
+        query = x + position
         offsets = rearrange(upcast(self.offsets(query)), "b n (m s p c) -> s (b m) p n c",
-                            m=self.heads, s=self.levels, c=2)          # a map: (B M, P, N, 2)
+                            m=self.heads, s=self.levels, c=2)  # a map: (B M, P, N, 2)
         weights = rearrange(upcast(self.weights(query)), "b n (m j) -> b n m j", m=self.heads)
-        weights = weights.softmax(-1)                                  # over the points of all maps
+        weights = weights.softmax(-1)  # over the points of all maps
         weights = rearrange(weights, "b n m (s p) -> s (b m) 1 p n", s=self.levels)
         values = upcast(self.value(x)).split([h * w for h, w in sizes], 1)
         total = 0
@@ -272,8 +298,8 @@ class DeformableAttention(nn.Module):
             value = rearrange(value, "b (h w) (m d) -> (b m) d h w", h=h, m=self.heads)
             # A pixel's sides, where the map spans -1..1. (With torch.tensor, the CPU would wait for the GPU)
             pixel = torch.stack([offset.new_full((), 2 / w), offset.new_full((), 2 / h)])
-            points = 2 * centres - 1 + offset * pixel                  # (B M, P, N, 2)
-            total = total + self.read(value, points, weight)           # (B M, d, N)
+            points = 2 * centres - 1 + offset * pixel         # (B M, P, N, 2)
+            total = total + self.read(value, points, weight)  # (B M, d, N)
         return self.out(rearrange(total, "(b m) d n -> b n (m d)", b=len(x)).to(x.dtype))
 
     def read(self, value, points, weight):
@@ -289,7 +315,7 @@ class DeformableAttention(nn.Module):
 def read_points(value, points, weight):
     """A map's values (B M, d, h, w) at points (B M, P, N, 2), x y in -1..1, summed over P with weight
     (B M, 1, P, N) -> (B M, d, N)."""
-    values = F.grid_sample(value, points, align_corners=False)         # (B M, d, P, N)
+    values = F.grid_sample(value, points, align_corners=False)  # (B M, d, P, N)
     # Point by point, the sum stays in the processor's cache; all products at once would not
     return sum(v * w for v, w in zip(values.unbind(2), weight.unbind(2)))
 
@@ -307,8 +333,8 @@ class EncoderLayer(nn.Module):
         nn.init.xavier_uniform_(self.ff1.weight)
         nn.init.xavier_uniform_(self.ff2.weight)
 
-    def forward(self, x, code, centres, sizes):
-        x = self.norm1(x + self.attention(x, code, centres, sizes))
+    def forward(self, x, position, centres, sizes):
+        x = self.norm1(x + self.attention(x, position, centres, sizes))
         return self.norm2(x + self.ff2(F.relu(self.ff1(x))))
 
 
@@ -337,18 +363,18 @@ class PixelDecoder(nn.Module):
 
     def forward(self, maps):
         finest, *others = maps
-        maps = [conv(m) for conv, m in zip(self.inputs, others[::-1])]   # (B, D, h, w) each
+        maps = [conv(m) for conv, m in zip(self.inputs, others[::-1])]  # (B, D, h, w) each
         sizes = [m.shape[2:] for m in maps]
-        codes = [sine_code(m) + level for m, level in zip(maps, self.level)]
-        code = torch.cat(codes, 1)                                       # (1, N, D)
-        centres = torch.cat([pixel_centres(m) for m in maps])            # (N, 2)
-        x = torch.cat([m.flatten(2).mT for m in maps], 1)                # (B, N, D)
+        positions = [position_encoding(m) + level for m, level in zip(maps, self.level)]
+        position = torch.cat(positions, 1)                     # (1, N, D)
+        centres = torch.cat([pixel_centres(m) for m in maps])  # (N, 2)
+        x = torch.cat([m.flatten(2).mT for m in maps], 1)      # (B, N, D)
         for layer in self.layers:
-            x = layer(x, code, centres, sizes)
+            x = layer(x, position, centres, sizes)
         parts = x.split([h * w for h, w in sizes], 1)
         maps = [part.mT.unflatten(2, size) for part, size in zip(parts, sizes)]
         up = F.interpolate(maps[-1], finest.shape[2:], mode="bilinear")
-        features = F.relu(self.smooth(self.lateral(finest) + up))        # (B, D, h, w)
+        features = F.relu(self.smooth(self.lateral(finest) + up))  # (B, D, h, w)
         return self.masks(features), maps
 
 
@@ -368,7 +394,7 @@ class Attention(nn.Module):
     def forward(self, q, k, v, mask=None):
         projections = zip((q, k, v), self.qkv.weight.chunk(3), self.qkv.bias.chunk(3))
         q, k, v = (rearrange(F.linear(x, weight, bias), "b n (m d) -> b m n d", m=self.heads)
-                   for x, weight, bias in projections)         # (B, M, N, d)
+                   for x, weight, bias in projections)  # (B, M, N, d)
         mask = None if mask is None else mask[:, None]
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(rearrange(x, "b m n d -> b n (m d)"))  # (B, Q, D)
@@ -382,7 +408,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.cross = Attention(width, heads)
         self.norm1 = nn.LayerNorm(width)
-        self.self = Attention(width, heads)
+        self.self = Attention(width, heads)  # among the queries; the name stands in saved weights
         self.norm2 = nn.LayerNorm(width)
         self.ff1 = nn.Linear(width, ffn)
         self.ff2 = nn.Linear(ffn, width)
@@ -391,8 +417,8 @@ class DecoderLayer(nn.Module):
         nn.init.xavier_uniform_(self.ff2.weight)
 
     def forward(self, x, place, keys, values, mask):
-        """x (B, Q, D): queries; place (Q, D): their learned position codes; keys, values (B, N, D): a map
-        with and without position codes; mask (B, Q, N) bool: where each query may look -> (B, Q, D)."""
+        """x (B, Q, D): queries; place (Q, D): their learned encodings; keys, values (B, N, D): a map
+        with and without position encodings; mask (B, Q, N) bool: where each query may look -> (B, Q, D)."""
         x = self.norm1(x + self.cross(x + place, keys, values, mask))
         q = x + place
         x = self.norm2(x + self.self(q, q, x))
@@ -436,10 +462,10 @@ class Decoder(nn.Module):
 
     def forward(self, features, maps):
         values = [m.flatten(2).mT + level for m, level in zip(maps, self.level)]  # (B, N, D) each
-        keys = [value + sine_code(m) for value, m in zip(values, maps)]
+        keys = [value + position_encoding(m) for value, m in zip(values, maps)]
         # Where to look is a yes or no: it has no gradient
         small = [F.interpolate(features.detach(), m.shape[2:], mode="bilinear") for m in maps]
-        x = self.queries.expand(len(features), -1, -1)                            # (B, Q, D)
+        x = self.queries.expand(len(features), -1, -1)  # (B, Q, D)
         outputs = [self.output(x, features)]
         for i, layer in enumerate(self.layers):
             level = i % 3
@@ -462,21 +488,22 @@ class Mask2Former(nn.Module):
     `Decoder.output`. The last is the prediction; `mask_logits` computes its masks, at stride 4 (tiny: 2).
 
     `loss(outputs, targets)` is the training loss, see `SetLoss`. isthing (K bools), class_names and task
-    describe the data. weights names torchvision's weights of the backbone; all other arguments are kept in
-    `config`, which rebuilds the model. Raises ValueError for an unknown backbone."""
+    describe the data; mean and std are those of its colours, for the normalisation. All arguments are
+    kept in `config`, which rebuilds the model. All weights are new; for ImageNet's, call
+    `model.backbone.load_imagenet()`. Raises ValueError for an unknown backbone."""
 
     def __init__(self, num_classes, backbone="resnet50", queries=100, width=256, heads=8, encoder_layers=6,
                  decoder_layers=9, encoder_ffn=1024, decoder_ffn=2048, class_weight=2.0, mask_weight=5.0,
                  dice_weight=5.0, no_object=0.1, points=12544, oversample=3.0, importance=0.75,
-                 isthing=None, class_names=None, task="panoptic", weights=None):
+                 isthing=None, class_names=None, task="panoptic", mean=MEAN, std=STD):
         super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "weights", "__class__")}
-        if backbone not in PRESETS:
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        if backbone not in PRESETS:  # each preset is named after its backbone
             raise ValueError(f"{backbone}: no such backbone. Choose one of {', '.join(PRESETS)}")
         if backbone == "tiny":
             self.backbone = Tiny()
         else:
-            self.backbone = (Swin if backbone in SWINS else ResNet)(backbone, weights)
+            self.backbone = (Swin if backbone in SWINS else ResNet)(backbone)
         self.pixel_decoder = PixelDecoder(self.backbone.channels, width=width, heads=heads,
                                           layers=encoder_layers, ffn=encoder_ffn)
         self.decoder = Decoder(num_classes, queries=queries, width=width, heads=heads,
@@ -484,8 +511,8 @@ class Mask2Former(nn.Module):
         self.loss = SetLoss(num_classes, class_weight=class_weight, mask_weight=mask_weight,
                             dice_weight=dice_weight, no_object=no_object, points=points,
                             oversample=oversample, importance=importance)
-        self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
     def forward(self, images):
         x = (images - self.mean) / self.std        # (B, 3, H, W)
@@ -518,9 +545,9 @@ def targets(mask_ids, instances=None, isthing=None, task="semantic"):
         ids = ids * (number != CROWD)
         if task == "instance":
             ids = ids * thing
-    code = ids * 256 + number
-    segments = code[ids > 0].unique()                            # (N,)
-    return {"labels": segments // 256 - 1, "masks": code == segments[:, None, None]}
+    segment = ids * 256 + number
+    segments = segment[ids > 0].unique()  # (N,)
+    return {"labels": segments // 256 - 1, "masks": segment == segments[:, None, None]}
 
 
 def hungarian(cost, rows=None):
@@ -601,10 +628,10 @@ def augment(cost, u, v, owner, row, problems):
     p = problems
     while len(p):
         end[p] = np.where(settled[p], np.inf, distance[p]).argmin(1)
-        p = p[owner[p, end[p]] >= 0]               # at a free column the path ends
+        p = p[owner[p, end[p]] >= 0]  # at a free column the path ends
         column = end[p]
         settled[p, column] = True
-        other = owner[p, column]                   # this row would have to go on to another column
+        other = owner[p, column]  # this row would have to go on to another column
         further = (distance[p, column] - u[p, other])[:, None] + cost[p, other] - v[p]
         i, to = np.nonzero((further < distance[p]) & ~settled[p])
         distance[p[i], to] = further[i, to]
@@ -633,7 +660,7 @@ def random_points(n, points, device):
     return torch.rand(n, points, 2, device=device).mul_(2).sub_(1)
 
 
-def sample(maps, points):
+def point_sample(maps, points):
     """maps (B, C, h, w), read bilinearly at points (B, P, 2), x y in -1..1 -> (B, C, P)."""
     return F.grid_sample(maps, points[:, :, None], align_corners=False)[..., 0]
 
@@ -669,8 +696,9 @@ class SetLoss(nn.Module):
             features = upcast(outputs[-1]["features"])                              # (B, D, h, w)
             labels = [t["labels"].to(device, torch.long) for t in targets]          # (N,) each
             masks = [t["masks"].to(device, non_blocking=True).to(features.dtype) for t in targets]
-            valid = self.stack_valid(targets, features)                             # (B, 1, H, W) or None
-            image = torch.cat([torch.full_like(label, b) for b, label in enumerate(labels)])  # (all N,)
+            valid = self.stack_valid(targets, features)  # (B, 1, H, W) or None
+            image = [torch.full_like(label, b) for b, label in enumerate(labels)]
+            image = torch.cat(image)                                                # (all N,)
             query = self.match(logits, embed, features, labels, masks, valid)       # (L, all N)
             if num_masks is None:
                 num_masks = average_count(len(image), device)
@@ -699,26 +727,29 @@ class SetLoss(nn.Module):
         counts = [len(labels[b]) for b in images]
         most = max(counts)
         # Pad all problems to one size: as many targets as the largest has, and at least as many queries.
-        # Padded queries cost more than any true one; a target that is matched with one is left out
-        cost = [self.costs(b, logits, embed, features, labels, masks, valid) for b in images]
-        cost = [F.pad(c, (0, most - n, 0, max(most - Q, 0))) for c, n in zip(cost, counts)]
-        cost = torch.stack(cost).flatten(0, 1).mT.cpu().numpy()  # (images L, targets, queries)
-        cost[:, :, Q:] = 2 * np.abs(cost).max() + 1
-        query = hungarian(cost, np.repeat(counts, L)).reshape(len(images), L, most)
+        padded = []
+        for b, n in zip(images, counts):
+            cost = self.costs(b, logits, embed, features, labels, masks, valid)  # (L, Q, n)
+            padded.append(F.pad(cost, (0, most - n, 0, max(most - Q, 0))))
+        costs = torch.stack(padded).flatten(0, 1).mT.cpu().numpy()  # (images L, most, Q or more)
+        # Padded queries cost more than any true one; a target that is matched with one is left out.
+        costs[:, :, Q:] = 2 * np.abs(costs).max() + 1
+        query = hungarian(costs, np.repeat(counts, L)).reshape(len(images), L, most)
         query[query >= Q] = -1
-        query = np.concatenate([q[:, :n] for q, n in zip(query, counts)], 1)
-        return torch.from_numpy(query).to(logits.device)
+        without_padding = [q[:, :n] for q, n in zip(query, counts)]  # (L, n) each
+        return torch.from_numpy(np.concatenate(without_padding, 1)).to(logits.device)
 
     def costs(self, b, logits, embed, features, labels, masks, valid):
         """What it costs in image b to match query q with target n, in every output: (L, Q, N)."""
         points = random_points(1, self.points, features.device)
-        at_points = sample(features[b, None], points)[0]  # (D, P)
-        t = sample(masks[b][None], points)[0].T           # (P, N)
-        weight = torch.ones_like(t[:, 0])                 # (P,)
+        at_points = point_sample(features[b, None], points)[0]  # (D, P)
+        t = point_sample(masks[b][None], points)[0].T           # (P, N)
+        weight = torch.ones_like(t[:, 0])                       # (P,)
         if valid is not None:
-            weight = sample(valid[b, None], points)[0, 0]
+            weight = point_sample(valid[b, None], points)[0, 0]
         t = t * weight[:, None]
-        rows = max(1, 2 ** 21 // (embed.shape[2] * self.points))  # at a time, for the cache
+        # A few outputs at a time: their logits at the points then stay in the CPU's cache.
+        rows = max(1, 2 ** 21 // (embed.shape[2] * self.points))
         parts = [self.mask_costs(e @ at_points, t, weight) for e in embed[:, b].split(rows)]
         score = logits[:, b].softmax(-1)[..., labels[b]]  # (L, Q, N)
         return torch.cat(parts) - self.weights["class"] * score
@@ -748,16 +779,18 @@ class SetLoss(nn.Module):
         """Cross entropy and dice of the matched masks at uncertain points, summed over all outputs."""
         L, N = query.shape
         if N == 0:
-            return embed.sum() * 0, features.sum() * 0  # not plain 0: DDP waits for gradients
-        x = self.matched_logits(embed, features, masks, image, query)     # (N L, 1, h, w)
+            return embed.sum() * 0, features.sum() * 0                 # not plain 0: DDP waits for gradients
+        x = self.matched_logits(embed, features, masks, image, query)  # (N L, 1, h, w)
         with torch.no_grad():
-            rows = max(1, 2 ** 21 // int(self.points * self.oversample))  # at a time, for the cache
+            # A few masks at a time, as in `costs`.
+            rows = max(1, 2 ** 21 // int(self.points * self.oversample))
             points = torch.cat([self.uncertain_points(part) for part in x.split(rows)])  # (N L, P, 2)
-            t = self.read_targets(torch.cat(masks)[:, None], points, L)   # (N L, P)
-            weight = (query.T >= 0).to(t).reshape(-1, 1).expand_as(t)     # 0 for those left out
+            t = self.read_targets(torch.cat(masks)[:, None], points, L)                  # (N L, P)
+            # 0 for targets that are left out.
+            weight = (query.T >= 0).to(t).reshape(-1, 1).expand_as(t)
             if valid is not None:
                 weight = weight * self.read_targets(valid[image], points, L)
-        x = sample(x, points)[:, 0]                                       # (N L, P)
+        x = point_sample(x, points)[:, 0]  # (N L, P)
         entropy = F.binary_cross_entropy_with_logits(x, t, reduction="none") * weight
         p, t = x.sigmoid() * weight, t * weight
         dice = 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
@@ -776,7 +809,7 @@ class SetLoss(nn.Module):
     def read_targets(maps, points, L):
         """maps (N, 1, H, W), one for each target, at points (N L, P, 2) -> (N L, P)."""
         points = rearrange(points, "(n l) p c -> n (l p) c", l=L)
-        return rearrange(sample(maps, points), "n 1 (l p) -> (n l) p", l=L)
+        return rearrange(point_sample(maps, points), "n 1 (l p) -> (n l) p", l=L)
 
     def uncertain_points(self, x):
         """Where masks are compared (PointRend, 3.1): mask logits x (R, 1, h, w) -> (R, P, 2).
@@ -784,7 +817,7 @@ class SetLoss(nn.Module):
         Of 3 P random points the 0.75 P with logits nearest to 0, the mask's boundary; 0.25 P anywhere."""
         uncertain = int(self.points * self.importance)
         points = random_points(len(x), int(self.points * self.oversample), x.device)
-        certainty = sample(x, points)[:, 0].abs()
+        certainty = point_sample(x, points)[:, 0].abs()
         index = certainty.topk(uncertain, 1, largest=False, sorted=False).indices
         points = points.gather(1, index[..., None].expand(-1, -1, 2))
         return torch.cat([points, random_points(len(x), self.points - uncertain, x.device)], 1)
@@ -810,7 +843,7 @@ def predict(model, image, task=None, short=None, scales=(1.0,), flip=False, **th
     short       length of the image's shorter side inside the network (the original: 800 for COCO, 640 for
                 ADE20K); None = as it is
     scales      semantic only: average the class scores over copies, so many times as large
-    flip        semantic only: and over the copies' mirror images
+    flip        semantic only: and over the copies' mirror images (not for classes named left or right)
     thresholds  see `panoptic` and `instance`
 
     Returns (ids, instances, segments):
@@ -829,7 +862,7 @@ def predict(model, image, task=None, short=None, scales=(1.0,), flip=False, **th
     image = image.to(model.mean) / 255 if image.dtype == torch.uint8 else image.to(model.mean)
     model.eval()
     if task == "semantic":
-        return semantic(average_scores(model, image, short, copies))
+        return semantic(sum_scores(model, image, short, copies))
     (prediction,) = final_predictions(model, resize(image, short)[None])
     isthing = model.config["isthing"] or [True] * model.config["num_classes"]
     return postprocess(prediction, image.shape[1:], task, isthing, **thresholds)
@@ -883,8 +916,9 @@ def class_scores(prediction, size):
     return torch.einsum("qk,qhw->khw", classes, masks.sigmoid_())
 
 
-def average_scores(model, image, short, copies):
-    """Class scores (K, H, W) of image (3, H, W), summed over copies of it: pairs (scale, mirror)."""
+def sum_scores(model, image, short, copies):
+    """Class scores (K, H, W) of image (3, H, W), summed over copies of it: pairs (scale, mirror). The best
+    class of the sum is that of the average."""
     total = 0
     for scale, mirror in copies:
         copy = resize(image, short, scale)
@@ -907,15 +941,15 @@ def panoptic(prediction, size, isthing, object_threshold=0.8, overlap_threshold=
 
     Queries surer of their class than object_threshold compete for each pixel, by score x mask probability.
     A segment that wins less than overlap_threshold of its own mask is left out."""
-    scores, classes = prediction["class_logits"].softmax(-1).max(-1)         # (Q,)
+    scores, classes = prediction["class_logits"].softmax(-1).max(-1)  # (Q,)
     scores, order = scores.sort(descending=True, stable=True)
-    sure = (scores > object_threshold) & (classes[order] < len(isthing))     # the last class: no object
+    sure = (scores > object_threshold) & (classes[order] < len(isthing))  # the last class: no object
     scores, order = scores[sure], order[sure]
     ids, instances = torch.zeros(2, *size, dtype=torch.long, device=scores.device)
     if not len(order):
         return ids, instances, []
     masks = upsample(prediction["mask_logits"][order], prediction, size).sigmoid_()
-    winner = (masks * scores[:, None, None]).argmax(0)                       # (H, W)
+    winner = (masks * scores[:, None, None]).argmax(0)  # (H, W)
     segments, stuff = [], {}
     for q, (score, k) in enumerate(zip(scores.tolist(), classes[order].tolist())):
         won, own = winner == q, masks[q] >= 0.5
@@ -939,7 +973,7 @@ def instance(prediction, size, isthing, top=100, shown=0.5):
 
     Segments may overlap. ids and instances show those with a score over `shown`, the surest on top. The score
     is the class probability times the mean mask probability inside the mask."""
-    classes = prediction["class_logits"].softmax(-1)[:, :-1]                 # (Q, K)
+    classes = prediction["class_logits"].softmax(-1)[:, :-1]  # (Q, K)
     scores, index = classes.flatten().topk(min(top, classes.numel()))
     query, k = index // classes.shape[1], index % classes.shape[1]
     thing = torch.tensor(isthing, device=k.device).bool()[k]
@@ -947,8 +981,9 @@ def instance(prediction, size, isthing, top=100, shown=0.5):
     ids, instances = torch.zeros(2, *size, dtype=torch.long, device=k.device)
     if not len(query):
         return ids, instances, []
-    query, row = query.unique(return_inverse=True)  # one mask for each query, even with several classes
-    masks = upsample(prediction["mask_logits"][query], prediction, size)     # (q, H, W)
+    # One mask for each query, even with several classes.
+    query, row = query.unique(return_inverse=True)
+    masks = upsample(prediction["mask_logits"][query], prediction, size)  # (q, H, W)
     inside = masks > 0
     area = inside.sum((1, 2), dtype=masks.dtype)
     certainty = (masks.sigmoid_() * inside).sum((1, 2)) / (area + 1e-6)
@@ -1003,21 +1038,22 @@ def save(model, path):
         save_file(tensors, temporary, {"seggen": json.dumps(header)})  # one key: their order is random
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)                            # the library makes the file private
+        os.chmod(temporary, 0o666 & ~umask)  # the library makes the file private
 
 
 def load(path, task=None):
     """A Mask2Former in eval mode, in fp32.
 
     path  a model.safetensors or the folder that holds it: written by `save`, or an official
-          Mask2FormerForUniversalSegmentation as transformers stores it, with its config.json.
-          Pickles are refused unread, since they can run code
+          Mask2FormerForUniversalSegmentation as transformers stores it, with its config.json, in
+          one file or several. Pickles are refused unread, since they can run code
     task  one of TASKS, instead of the one that the weights were trained for
 
     Raises ValueError, with the path, for anything else."""
-    path = Path(path)
-    file = path / "model.safetensors" if path.is_dir() else path
+    file, *others = weight_files(path)
     tensors, metadata = read_safetensors(file)
+    for other in others:
+        tensors |= read_safetensors(other)[0]
     if "seggen" in metadata:
         header = json.loads(metadata["seggen"])
         if header["class"] != "Mask2Former":
@@ -1035,6 +1071,16 @@ def load(path, task=None):
     return model.eval()
 
 
+def weight_files(path):
+    """The files of a checkpoint, which may be a file or a folder: several where transformers divided it."""
+    folder = Path(path)
+    file = folder / "model.safetensors" if folder.is_dir() else folder
+    index = folder / "model.safetensors.index.json"
+    if file.exists() or not index.exists():
+        return [file]
+    return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+
+
 def read_safetensors(file):
     """A safetensors file's tensors and metadata."""
     if not file.exists():
@@ -1050,7 +1096,7 @@ def read_safetensors(file):
 
 # ---- official weights, as transformers stores them ---------------------------------------------------------
 
-# What config.json must say. Most sizes need no entry: other ones show in the shapes of the weights
+# What config.json must say. Most sizes need no entry: weights of other sizes would fail to load
 REQUIRED = {
     "architectures": ["Mask2FormerForUniversalSegmentation"],
     "activation_function": "relu",
@@ -1060,18 +1106,21 @@ REQUIRED = {
     "layer_norm_eps": 1e-5,
 }
 
-# The files do not say which classes are things, nor always the task. Known by the number of classes:
-# ADE20K 150, COCO panoptic 133, COCO instance 80, Cityscapes 19, its things 8, ADE20K's things 100
+# config.json says neither which classes are things nor always the task. Known data sets are recognised by
+# their number of classes, the first and the last of them
 ADE_STUFF = {*range(7), 9, 11, 13, 16, 17, 21, 25, 26, 28, 29, 34, 40, 46, 48, 51, 52, 54, 59, 60, 61, 63, 68,
              77, 79, 84, 91, 94, 96, 99, 100, 101, 105, 106, 109, 113, 114, 117, 122, 128, 131, 140, 141, 145}
-ISTHING = {
-    150: [k not in ADE_STUFF for k in range(150)],
-    133: [k < 80 for k in range(133)],
-    19: [k >= 11 for k in range(19)],
+DATASETS = {  # -> which classes are things, the task
+    (150, "wall", "flag"): ([k not in ADE_STUFF for k in range(150)], "semantic"),
+    (133, "person", "rug-merged"): ([k < 80 for k in range(133)], "panoptic"),
+    (19, "road", "bicycle"): ([k >= 11 for k in range(19)], "semantic"),
+    (100, "bed", "flag"): ([True] * 100, "instance"),
+    (80, "person", "toothbrush"): ([True] * 80, "instance"),
+    (8, "person", "bicycle"): ([True] * 8, "instance"),
 }
-TASK = {133: "panoptic", 80: "instance", 8: "instance", 100: "instance"}
 
-# Their key names -> ours, one table for each part of the network
+# transformers' key names -> ours, a table for each part of the network. Its entries are replaced in this
+# order, anywhere in a key: longer names come first
 RENAMES = {
     ("model.pixel_level_module.encoder.", "backbone."): {
         "embeddings.patch_embeddings.projection": "features.0.0",
@@ -1123,39 +1172,53 @@ RENAMES = {
     },
     ("class_predictor", "decoder.classes"): {},
 }
-# Constants that our model computes, and a norm that theirs never applies
+# Constants that our model computes, and norms that theirs never applies
 UNUSED = ("relative_position_index", "criterion.empty_weight", "encoder.layernorm", "swin.layernorm")
 
 
 def public_config(file, tensors):
     """The constructor arguments that a transformers config.json stands for."""
-    try:
-        public = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error}). Download it again") from error
+    public = read_json(file)
     swin = public.get("backbone_config") or {}
     for key, value in REQUIRED.items():
         found = {**swin, **public}.get(key, value)
         if found != value:
             raise ValueError(f"{file}: {key} is {found}, but this network has {value}. Give other weights")
     size = swin.get("embed_dim", 96), swin.get("depths", [2, 2, 6, 2])
-    backbones = [name for name, swin in SWINS.items() if (swin["embed_dim"], swin["depths"]) == size]
+    backbones = [name for name, ours in SWINS.items() if (ours["embed_dim"], ours["depths"]) == size]
     if not backbones:
         raise ValueError(f"{file}: a backbone of width and depths {size}. Known are {', '.join(SWINS)}")
     K = len(tensors["class_predictor.bias"]) - 1
     names = public.get("id2label", {})
+    names = [names.get(str(k), f"class {k + 1}").strip() for k in range(K)]
+    isthing, task = DATASETS.get((K, names[0], names[-1]), ([True] * K, "semantic"))
+    # The name of the weights has the last word: mask2former-swin-tiny-coco-instance. Not the folders above
+    title = f"{file.absolute().parent.name} {Path(public.get('_name_or_path') or '').name}"
+    named = max(TASKS, key=title.rfind)  # the one that it mentions last; -1 where it does not
     return dict(num_classes=K,
                 backbone=backbones[0],
                 queries=public.get("num_queries", 100),
-                isthing=ISTHING.get(K, [True] * K),
-                class_names=[names.get(str(k), f"class {k + 1}").strip() for k in range(K)],
-                task=public_task(f"{file.absolute().parent}/{public.get('_name_or_path')}", K))
+                isthing=isthing,
+                class_names=names,
+                task=named if named in title else task,
+                **read_normalisation(file.with_name("preprocessor_config.json")))
 
 
-def public_task(title, K):
-    """The task that the weights' name mentions last, or else that of their number of classes."""
-    task = max(TASKS, key=title.rfind)
-    return task if task in title else TASK.get(K, "semantic")
+def read_normalisation(file):
+    """The mean and deviation of colours that weights were trained with: ImageNet's, unless the file says."""
+    public = read_json(file) if file.exists() else {}
+    mean, std = public.get("image_mean", MEAN), public.get("image_std", STD)
+    if not public.get("do_normalize", True):
+        mean, std = [0.0] * 3, [1.0] * 3
+    largest = 255 * public.get("rescale_factor", 1 / 255) if public.get("do_rescale", True) else 255
+    return dict(mean=[m / largest for m in mean], std=[s / largest for s in std])  # ours are 1 at most
+
+
+def read_json(file):
+    try:
+        return json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error}). Download it again") from error
 
 
 def rename(tensors):
@@ -1230,6 +1293,12 @@ def read_image(file):
     return image
 
 
+def size_of(file):
+    """The (width, height) of a picture; None where it cannot be read."""
+    with contextlib.suppress(OSError), Image.open(file) as image:
+        return image.size
+
+
 def draw_overlays(model, files, folder, short=None):
     """Write an overlay of every image file to `folder`, and print its segments."""
     names = model.config["class_names"] or [f"class {k + 1}" for k in range(model.config["num_classes"])]
@@ -1251,24 +1320,32 @@ def draw_overlays(model, files, folder, short=None):
 def main(argv=None):
     import argparse
     here = Path(__file__).resolve().parent
+    demo = here / "weights/shapes/mask2former/model.safetensors"
     gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     devices = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
     parser = argparse.ArgumentParser(description="Segment images and draw the segments on them.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("images", nargs="*", help="image files (default: 8 of data/shapes/val/images)")
-    add("--weights", default=here / "weights/shapes/mask2former/model.safetensors",
-        help="a model.safetensors of ours, or a transformers folder")
-    add("--out", default=here / "out/overlays", help="folder for the pictures")
+    add("--weights", default=demo, help="a model.safetensors of ours, or a transformers folder")
+    add("--out", default="out/overlays", help="folder for the pictures")
     add("--task", choices=TASKS, help="default: what the weights were trained for")
     add("--size", type=int, help="shorter side inside the network; default: the image's own")
-    add("--device", default=devices[:2][-1], help="cpu, cuda or cuda:N")
+    add("--device", default="cuda" if gpus else "cpu", help="cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
     files = args.images or sorted((here / "data/shapes/val/images").glob("*"))[:8]
     if not files:
         raise ValueError("data/shapes/val: no images. Create them with: python data/shapes/prepare.py")
+    if args.size is not None and args.size < 1:
+        raise ValueError(f"--size {args.size}: 1 pixel or more is needed")
+    if Path(args.out).is_file():
+        raise ValueError(f"--out {args.out}: is a file. Choose a folder")
     if args.device not in devices:
         raise ValueError(f"--device {args.device}: no such device. There is {', '.join(devices)}")
+    shipped = weight_files(args.weights)[0].resolve() == demo
+    if shipped and any(size_of(file) != (64, 64) for file in files):
+        print("The built-in weights know only drawn shapes of 64 x 64: what they find in other pictures "
+              "means nothing. Give others by --weights, such as a Mask2Former folder of transformers")
     model = load(args.weights, args.task).to(args.device)
     draw_overlays(model, files, args.out, args.size)
 

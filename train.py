@@ -8,14 +8,16 @@ Paper:   SegGen (2311.03355); Mask2Former (2112.01527) for the recipes; Kirillov
 Differs: the paper does not say how MaskSyn and ImgSyn samples share the probability: here a synthetic folder
          is chosen uniformly, then a pair in it. The `tiny` recipe (from scratch, minutes on a CPU) is
          ours. ADE20K's brightness is scaled by up to an eighth (the original adds up to 32 of 255).
-Reads:   pair folders data/NAME/{train,val,...} and out/NAME/{masksyn,imgsyn}.
-Writes:  out/NAME/mask2former/{model.safetensors, state.pt, log.jsonl, metrics.json, samples.png}.
+Reads:   pair folders data/NAME/{train,val,...} and out/NAME/{masksyn,imgsyn}. AP is read against COCO's own
+         annotations where an evaluated folder holds them as instances.json.
+Writes:  out/NAME/mask2former/{model.safetensors, best.safetensors, state.pt, log.jsonl, log.png,
+         metrics.json, samples.png}. The last weights, not the best, are what is measured and compared.
 Needs:   mask2former.py, diffusion.py (device, seeds, the run folder), data/pairs.py.
 
     python train.py                                             # makes what is missing, trains, evaluates
     python train.py --eval-only --eval-pairs out/shapes/imgsyn  # how well synthetic images show their masks
 
-Dimension key: B batch, H W pixels, K classes.
+Dimension key: B batch, H W pixels, K classes, N targets.
 """
 import argparse
 import contextlib
@@ -43,27 +45,36 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data.pairs import (CROWD, ROOT, PairFolder, check_classes, contact_sheet, dataset_name, find_split,
-                        number, outline, palette, picture_size, run, spread, write_json, write_mask,
+from data.pairs import (CROWD, ROOT, FlagParser, PairFolder, check_classes, contact_sheet, count_classes,
+                        dataset_name, describe_classes, find_split, header_size, has_left_or_right, number,
+                        outline, palette, picture_size, read_json, run, spread, write_json, write_mask,
                         write_picture)
-from diffusion import RunFolder, accumulate_gradients, load_strict, seed_of, setup, weights_hash
+from diffusion import (RunFolder, accumulate_gradients, load_strict, peak_memory, precision, seed_of, setup,
+                       weights_hash, wrap)
 from mask2former import (PRESETS, TASKS, Mask2Former, average_count, final_predictions, load, postprocess,
-                         predict, save, targets)
+                         predict, save, targets, weight_files)
 
 # What a recipe decides. A flag of the same name overrides it.
-#   batch  images of a step, over all ranks and micro-batches
-#   size   (H, W) of the training crops; None: of the first real image
+#   step_images  of all ranks and micro-batches together
+#   size   (H, W) of the training crops; None: the median of the real images
 #   sides  of evaluated images in the network: the shorter one's length, the longer one's limit; None: as is
+#   eval_every  steps between evaluations on val; 0: none before the end
 RECIPES = {
     "tiny": dict(
-        preset="tiny", steps=1000, batch=8, lr=2e-3, clip=1.0, schedule="cosine", warmup=30,
-        size=None, sides=None, save_every=100),
+        preset="tiny", steps=1000, step_images=8, lr=2e-3, clip=1.0, schedule="cosine", warmup=30,
+        size=None, sides=None, save_every=100, eval_every=250),
     "ade20k": dict(
-        preset="resnet50", steps=160_000, batch=16, lr=1e-4, clip=0.01, schedule="poly", warmup=0,
-        size=(512, 512), sides=(512, 2048), save_every=2000),
+        preset="resnet50", steps=160_000, step_images=16, lr=1e-4, clip=0.01, schedule="poly", warmup=0,
+        size=(512, 512), sides=(512, 2048), save_every=2000, eval_every=5000),
     "coco": dict(
-        preset="resnet50", steps=368_750, batch=16, lr=1e-4, clip=0.01, schedule="steps", warmup=0,
-        size=(1024, 1024), sides=(800, 1333), save_every=2000),
+        preset="resnet50", steps=368_750, step_images=16, lr=1e-4, clip=0.01, schedule="steps", warmup=0,
+        size=(1024, 1024), sides=(800, 1333), save_every=2000, eval_every=25_000),
+}
+# What a training crop shows, in words
+CROPS = {
+    "tiny": "half to all of a picture",
+    "ade20k": "of a picture at half to twice that size",
+    "coco": "of a picture scaled by 0.1 to 2",
 }
 SCORE = {"semantic": "mIoU", "panoptic": "PQ", "instance": "AP"}      # the number that a task is judged by
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)                            # of the paper's multi-scale numbers
@@ -72,14 +83,15 @@ PAIRS = 500                                                           # of each 
 
 # ---- batches -----------------------------------------------------------------------------------------------
 
-def augmentation(recipe, height, width):
+def augmentation(recipe, height, width, mirrors=True):
     """A recipe's random transform of an image and its maps to height x width.
 
-    Maps are resized by nearest. What lies beyond the picture is grey and void.
+    Maps are resized by nearest. What lies beyond the picture is grey and void. mirrors: False where a class
+    is named for its side.
     """
     fill = {tv_tensors.Image: 128, tv_tensors.Mask: 0}
     crop = v2.RandomCrop((height, width), pad_if_needed=True, fill=fill)
-    flip = v2.RandomHorizontalFlip()
+    flip = v2.RandomHorizontalFlip(0.5 if mirrors else 0.0)
     if recipe == "coco":
         jitter = v2.ScaleJitter((width, height), (0.1, 2.0))          # torchvision takes it as (W, H)
         return v2.Compose([flip, jitter, crop])
@@ -91,6 +103,13 @@ def augmentation(recipe, height, width):
     ratio = width / height
     zoom = v2.RandomResizedCrop((height, width), (0.5, 1.0), (0.8 * ratio, 1.25 * ratio))
     return v2.Compose([flip, zoom, v2.ColorJitter(0.3, 0.3, 0.3)])
+
+
+def median_size(pairs):
+    """(H, W) of a typical picture: the median of at most 500 of them, by their headers."""
+    sizes = [header_size(pairs.paths[i]) for i in spread(len(pairs), 500)]        # (W, H) each
+    width, height = np.median(sizes, axis=0).round().astype(int).tolist()
+    return height, width
 
 
 @functools.lru_cache(2)
@@ -111,6 +130,7 @@ class Batches(Dataset):
     real, synth   a PairFolder, and a list of them
     recipe, size  which augmentation, and (H, W) of its results
     batch         samples of a micro-batch; there are steps x accumulate micro-batches
+    class_ids     the classes that are labels 0, 1, ...; without it all
     p_synth       the probability that a synthetic sample replaces a real one
     pretrain      instead: only synthetic samples in the first half of the steps, only real ones after it
     rank, world   which of how many processes this is: together they pass over the real samples
@@ -119,11 +139,14 @@ class Batches(Dataset):
     """
 
     def __init__(self, real, synth=(), *, recipe="tiny", size=(64, 64), task="semantic", batch=8, steps=1000,
-                 accumulate=1, p_synth=0.6, pretrain=False, seed=0, rank=0, world=1):
+                 accumulate=1, class_ids=None, p_synth=0.6, pretrain=False, seed=0, rank=0, world=1):
         self.real, self.synth = real, synth
-        self.augment = augmentation(recipe, *size)
-        self.void_counts = recipe != "tiny"                           # as background, as in the original
+        self.augment = augmentation(recipe, *size, mirrors=not has_left_or_right(real.classes))
+        self.void_is_background = recipe != "tiny"                    # it is in the original
         self.task, self.isthing = task, [c["isthing"] for c in real.classes]
+        known = class_ids or range(1, len(real.classes) + 1)
+        self.labels = torch.full((len(real.classes),), -1)
+        self.labels[torch.tensor(known) - 1] = torch.arange(len(known))
         self.batch, self.length = batch, steps * accumulate
         self.p_synth, self.pretrain = p_synth, pretrain
         self.seed, self.rank, self.world = seed, rank, world
@@ -144,7 +167,8 @@ class Batches(Dataset):
         image, maps = self.augment(tv_tensors.Image(to_tensor(pair["image"])), tv_tensors.Mask(maps))
         ids, instances = maps.as_subclass(torch.Tensor)
         target = targets(ids, instances, self.isthing, self.task)
-        if not self.void_counts:
+        target["labels"] = self.labels[target["labels"]]              # (N,)
+        if not self.void_is_background:
             target["valid"] = ids > 0
         return image.as_subclass(torch.Tensor), target
 
@@ -198,29 +222,35 @@ def rate(schedule, step, steps, warmup):
 
 
 def step_gradients(net, criterion, micro_batches, device):
-    """Leave the gradients of a step in the parameters -> its loss.
+    """Leave the gradients of a step in the parameters -> {"loss", and its parts "class", "mask", "dice"}.
 
     net        the model, or what torch.compile and DistributedDataParallel made of it
     criterion  the plain model's `loss`
 
     A mask loss is a mean over the masks of the step, so all micro-batches are divided by the same number.
     """
+    # accumulate_gradients divides by the number of micro-batches too, so a mask counts 1 / masks of the step.
     masks = sum(len(target["labels"]) for _, truth in micro_batches for target in truth)
     num_masks = average_count(masks, device) / len(micro_batches)
+    parts = Counter()
 
     def loss(net, batch):
         images, truth = batch
-        outputs = net(images.float() / 255)
-        return criterion(outputs, truth, num_masks=num_masks)[0]
-    return accumulate_gradients(net, loss, micro_batches, device)
+        total, parts_of_batch = criterion(net(images.float() / 255), truth, num_masks=num_masks)
+        for name, part in parts_of_batch.items():
+            parts[name] += part / len(micro_batches)
+        return total
+    return {"loss": accumulate_gradients(net, loss, micro_batches, device), **parts}
 
 
-def train(model, batches, out, cfg, device, compile=False, workers=0):
-    """Train a Mask2Former -> the model in eval mode; `out` gets model.safetensors, state.pt and log.jsonl.
+def train(model, batches, out, cfg, device, compile=False, workers=0, measure=None, eval_every=0):
+    """Train a Mask2Former -> the model in eval mode; `out` gets what a RunFolder writes and the weights.
 
-    batches  a Batches, or anything with its indexing, `rank` and `world`
-    cfg      the run's settings, JSON values. Read here: steps, accumulate, lr, schedule, warmup, clip, seed,
-             save_every. A state of other settings is refused.
+    batches     a Batches, or anything with its indexing, `rank` and `world`
+    cfg         the run's settings, JSON values. Read here: steps, accumulate, lr, schedule, warmup, clip,
+                seed, save_every. A state of other settings is refused; steps and world may change
+    measure     measure(model) -> {name: score or None}, one score; best.safetensors keeps the weights of the
+                highest. All ranks call it every `eval_every` steps and at the last one; 0: never
 
     Called again it goes on from state.pt and ends with the same weights as an undisturbed run: bit for bit on
     the CPU of one machine; some CUDA kernels add in no fixed order. Raises ValueError where `out` holds
@@ -230,57 +260,96 @@ def train(model, batches, out, cfg, device, compile=False, workers=0):
     optimiser = make_optimiser(model.train(), cfg["lr"])
     folder = RunFolder(out, cfg, rank, model=model, optimiser=optimiser)
     first = folder.resume()
+    if first >= steps:
+        if rank == 0 and not (folder.out / "model.safetensors").exists():  # somebody removed it
+            save(model, folder.out / "model.safetensors")
+        return model.eval()
 
     # Train the compiled and distributed net; save the plain model, whose key names are clean.
-    net = torch.compile(model) if compile else model
-    if batches.world > 1:
-        net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
-
-    # What makes a resume exact: micro-batch n is a function of (seed, n, rank), and the loader starts with
-    # the first one that the saved steps have not used.
-    remaining = range(first * accumulate, steps * accumulate)
-    stream = iter(DataLoader(batches, batch_size=None, sampler=remaining, num_workers=workers,
-                             pin_memory=device.type == "cuda"))
-    losses, clock = [], time.time()
+    net = wrap(model, device, batches.world, compile)
+    stream = load_steps(batches, first, steps, accumulate, device, workers)
+    history, clock = [], time.time()
     bar = tqdm(range(first, steps), "train", initial=first, total=steps, disable=rank > 0, mininterval=1)
-    for step in bar:
+    for step, micro_batches in zip(bar, stream):
         # The loss compares masks at random points, which depend on (seed, step, rank) alone.
-        micro_batches = [next(stream) for _ in range(accumulate)]
         torch.manual_seed(seed_of(cfg["seed"], step, rank, "points"))
-        loss = step_gradients(net, model.loss, micro_batches, device)
+        losses = step_gradients(net, model.loss, micro_batches, device)
 
         # Take the step; all ranks have the same gradients, hence the same norm.
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg["clip"])
-        losses.append(loss + 0 * norm)                                # NaN where a gradient is not finite
-        share = rate(cfg["schedule"], step, steps, cfg["warmup"])
+        losses["loss"] += 0 * norm                                    # NaN where a gradient is not finite
+        history.append(losses)
+        lr = cfg["lr"] * rate(cfg["schedule"], step, steps, cfg["warmup"])
         for group in optimiser.param_groups:
-            group["lr"] = cfg["lr"] * group["scale"] * share
+            group["lr"] = lr * group["scale"]
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
         # Report, and save after the check: what state.pt holds is finite.
         done = step + 1
-        saving = done % cfg["save_every"] == 0 or done == steps
+        measuring = eval_every > 0 and (done % eval_every == 0 or done == steps)
+        saving = measuring or done % cfg["save_every"] == 0 or done == steps
         if saving or done % 50 == 0:
-            folder.check_finite(losses, done)
-            folder.report(bar, step=done, loss=torch.stack(losses).mean().item(),
-                          seconds_per_step=(time.time() - clock) / len(losses))
+            folder.check_finite([losses["loss"] for losses in history], done)
+            line = dict(step=done, **mean_losses(history), rate=lr, gradient_norm=norm.item(),
+                        seconds_per_step=(time.time() - clock) / len(history), memory_mb=peak_memory(device))
+            scores = measure(model) if measuring else {}
+            model.train()
             if saving and rank == 0:
-                save(model, folder.out / "model.safetensors")
+                save_weights(model, folder, scores)
+            folder.report(bar, **line, **scores)
             if saving:
                 folder.save(done)
-            losses, clock = [], time.time()
+            history, clock = [], time.time()
     return model.eval()
 
 
+def load_steps(batches, first, steps, accumulate, device, workers):
+    """Yield the micro-batches of each step from `first` on, a list each.
+
+    What makes a resume exact: micro-batch n is a function of (seed, n, rank), and the loader starts with the
+    first one that the saved steps have not used.
+    """
+    remaining = range(first * accumulate, steps * accumulate)
+    stream = iter(DataLoader(batches, batch_size=None, sampler=remaining, num_workers=workers,
+                             pin_memory=device.type == "cuda"))
+    for _ in range(first, steps):
+        yield [next(stream) for _ in range(accumulate)]
+
+
+def mean_losses(history):
+    """[{name: scalar tensor}, ...] -> {name: mean}."""
+    return {name: torch.stack([losses[name] for losses in history]).mean().item() for name in history[0]}
+
+
+def save_weights(model, folder, scores):
+    """Write model.safetensors, and best.safetensors where a new score is over all those in the log.
+
+    scores: {name: score or None} of an evaluation, {} where there was none
+    """
+    save(model, folder.out / "model.safetensors")
+    for name, score in scores.items():
+        earlier = [line[name] for line in folder.log if line.get(name) is not None]
+        if score is not None and score > max(earlier, default=-1):
+            save(model, folder.out / "best.safetensors")
+
+
 # ---- metrics -----------------------------------------------------------------------------------------------
-# Each has add(prediction, truth) for an image, merge() with the same metric of another rank, and result() in
-# percent. prediction = (ids, instances, segments), what `postprocess` returns for the metric's task, the maps
-# as arrays; truth = (ids, instances). ids (H, W): class 1..K, 0 void. instances (H, W): 0 none.
+# Each has add(prediction, truth) for an image, merge() with the same metric of another rank, result() in
+# percent, None where there is nothing to measure, and after it per_class(): {class name: percent or None}.
+# prediction = (ids, instances, segments), what `postprocess` returns for the metric's task, the maps as
+# arrays; truth = (ids, instances), and for AP perhaps the image's annotations. ids (H, W): class 1..K, 0
+# void. instances (H, W): 0 none.
 
 def percent(values):
     """The mean of an array in percent; None where it is empty."""
     return 100 * float(np.mean(values)) if len(values) else None
+
+
+def name_scores(classes, values, seen):
+    """Shares of the classes -> {class name: percent}, None where `seen` is false."""
+    return {c["name"]: 100 * float(value) if there else None
+            for c, value, there in zip(classes, values, seen, strict=True)}
 
 
 class MeanIoU:
@@ -292,6 +361,7 @@ class MeanIoU:
     task = "semantic"
 
     def __init__(self, classes):
+        self.classes = classes
         size = len(classes) + 1
         self.matrix = np.zeros((size, size), np.int64)                # [truth, prediction], 0 void
 
@@ -304,17 +374,24 @@ class MeanIoU:
     def merge(self, other):
         self.matrix += other.matrix
 
-    def result(self):
-        hits = self.matrix.diagonal()[1:]                             # (K,)
+    def count(self):
+        """The pixels of each class (K,): in truth and prediction, in truth, in either."""
+        hits = self.matrix.diagonal()[1:]
         truth = self.matrix[1:].sum(1)
         predicted = self.matrix[1:, 1:].sum(0)
+        return hits, truth, truth + predicted - hits
+
+    def result(self):
+        hits, truth, union = self.count()
         seen = truth > 0
-        iou = hits[seen] / (truth + predicted - hits)[seen]
-        accuracy = hits[seen] / truth[seen]
-        total = max(truth.sum(), 1)
-        return {"mIoU": percent(iou), "fwIoU": 100 * float(truth[seen] @ iou / total),
-                "mACC": percent(accuracy), "pACC": 100 * float(hits.sum() / total),
-                "absent": int((~seen).sum())}
+        iou, accuracy = hits[seen] / union[seen], hits[seen] / truth[seen]
+        weight = truth[seen] * seen.sum() / max(truth.sum(), 1)       # by pixels, 1 on average
+        return {"mIoU": percent(iou), "fwIoU": percent(weight * iou),
+                "mACC": percent(accuracy), "pACC": percent(weight * accuracy), "absent": int((~seen).sum())}
+
+    def per_class(self):
+        hits, truth, union = self.count()
+        return name_scores(self.classes, hits / np.maximum(union, 1), truth > 0)
 
 
 class PanopticQuality:
@@ -328,13 +405,14 @@ class PanopticQuality:
     task = "panoptic"
 
     def __init__(self, classes):
+        self.classes = classes
         self.isthing = np.array([False] + [c["isthing"] for c in classes])      # by class id
         self.counts = np.zeros((4, len(classes) + 1))       # by class: summed IoU, hits, false, missed
 
     def overlaps(self, prediction, truth):
         """{(true segment, found segment): pixels that both have}; a segment is (class, instance)."""
         maps = []
-        for ids, instances in (truth, prediction[:2]):
+        for ids, instances in (truth[:2], prediction[:2]):
             maps += [ids, instances * self.isthing[ids]]    # stuff has no instances
         maps = np.stack(maps, -1).astype(np.uint16)         # (H, W, 4), seen as one 64-bit number a pixel:
         numbers, counts = np.unique(maps.view(np.uint64), return_counts=True)
@@ -351,27 +429,33 @@ class PanopticQuality:
                 ignored[found] += pixels
 
         iou, hits, false, missed = self.counts
-        matched = {("true", void), ("found", void)}
+        matched_true, matched_found = {void}, {void}
         for (true, found), pixels in overlaps.items():
             union = true_area[true] + found_area[found] - pixels - overlaps.get((void, found), 0)
             k, number = true
-            if k == found[0] > 0 and number != CROWD and pixels / union > 0.5:
+            same_class = k > 0 and k == found[0]
+            if same_class and number != CROWD and pixels / union > 0.5:
                 iou[k] += pixels / union
                 hits[k] += 1
-                matched |= {("true", true), ("found", found)}
+                matched_true.add(true)
+                matched_found.add(found)
         for k, number in true_area:
-            missed[k] += ("true", (k, number)) not in matched and number != CROWD
+            missed[k] += (k, number) not in matched_true and number != CROWD
         for found, area in found_area.items():
-            false[found[0]] += ("found", found) not in matched and ignored[found] <= 0.5 * area
+            false[found[0]] += found not in matched_found and ignored[found] <= 0.5 * area
 
     def merge(self, other):
         self.counts += other.counts
 
-    def result(self):
+    def qualities(self):
+        """SQ, RQ and whether there is anything to measure, by class id (K + 1,)."""
         iou, hits, false, missed = self.counts
-        seen = hits + false + missed > 0
         sq = iou / np.maximum(hits, 1)
         rq = hits / np.maximum(hits + 0.5 * false + 0.5 * missed, 0.5)
+        return sq, rq, hits + false + missed > 0
+
+    def result(self):
+        sq, rq, seen = self.qualities()
         result = {}
         for kind, chosen in (("", seen), ("_things", seen & self.isthing), ("_stuff", seen & ~self.isthing)):
             result["PQ" + kind] = percent((sq * rq)[chosen])
@@ -379,29 +463,39 @@ class PanopticQuality:
             result["RQ" + kind] = percent(rq[chosen])
         return result
 
+    def per_class(self):
+        sq, rq, seen = self.qualities()
+        return name_scores(self.classes, (sq * rq)[1:], seen[1:])
+
 
 class AveragePrecision:
     """AP: the area under the precision-recall curve of scored instances, by pycocotools' COCOeval.
 
     It is the mean over classes and over ten thresholds: an instance is found if its IoU is over 0.50, 0.55,
-    ... 0.95. Once for masks, once ("_box") for the boxes around them.
+    ... 0.95. Once for masks, once ("_box") for the boxes around them. What is true are the annotations of an
+    image where `add` gets them, else the things in its maps.
     """
     task = "instance"
 
     def __init__(self, classes):
-        self.things = [k for k, c in enumerate(classes, 1) if c["isthing"]]
+        self.things = {k: c for k, c in enumerate(classes, 1) if c["isthing"]}
         self.images = []                         # {"size", "true" and "found" annotations} of each
 
     def add(self, prediction, truth):
-        ids, instances = truth
-        codes = ids.astype(np.int64) * 256 + instances
-        true = []
-        for code in np.unique(codes).tolist():
-            k, n = divmod(code, 256)
-            if k in self.things:
-                true.append(annotation(codes == code, k, iscrowd=int(n == CROWD)))
+        ids, instances, *annotations = truth
+        true = annotations[0] if annotations else self.list_things(ids, instances)
         found = [annotation(s["mask"], s["class"], score=s["score"]) for s in prediction[2]]
         self.images.append({"size": ids.shape, "true": true, "found": found})
+
+    def list_things(self, ids, instances):
+        """The annotations of the things in two maps."""
+        segment = ids.astype(np.int64) * 256 + instances
+        things = []
+        for number in np.unique(segment).tolist():
+            k, n = divmod(number, 256)
+            if k in self.things:
+                things.append(annotation(segment == number, k, iscrowd=int(n == CROWD)))
+        return things
 
     def merge(self, other):
         self.images += other.images
@@ -432,7 +526,13 @@ class AveragePrecision:
                 evaluation.summarize()
                 for name, value in zip(names, evaluation.stats.tolist()):
                     result[name + ending] = 100 * value if value >= 0 else None   # -1: nothing to find
+                if kind == "segm":
+                    self.precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (10, recalls, things)
         return result
+
+    def per_class(self):
+        ap = self.precision.mean((0, 1))                              # (things,), -1: nothing to find
+        return name_scores(self.things.values(), ap, ap >= 0)
 
 
 def run_lengths(mask):
@@ -447,6 +547,49 @@ def annotation(mask, k, **values):
     return dict(segmentation=code, category_id=k, bbox=box, area=area, **values)
 
 
+class OfficialInstances:
+    """The annotations of a split's instances.json, COCO's own: outlines that are finer than a mask's pixels.
+
+    pairs: a PairFolder; an image is found by its file's name, else by the number that its name is. Raises
+    ValueError where an image or a category is missing or the size differs.
+    """
+
+    def __init__(self, pairs):
+        self.path = pairs.folder / "instances.json"
+        self.coco = COCO()
+        self.coco.dataset = read_json(self.path)
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.coco.createIndex()
+        self.ids = {Path(image["file_name"]).stem: i for i, image in self.coco.imgs.items()}
+        things = [k for k, c in enumerate(pairs.classes, 1) if c["isthing"]]
+        self.classes = {category(pairs.classes, k): k for k in things}
+        unknown = {one["category_id"] for one in self.coco.anns.values()} - self.classes.keys()
+        if unknown:
+            raise ValueError(f"{self.path}: category {min(unknown)} is no source_id of a thing in "
+                             "classes.json. Add it there, or remove the file")
+
+    def annotations(self, name, size):
+        """The annotations of an image of `size` (H, W), as `annotation` returns them."""
+        i = self.ids.get(name, image_id(name))
+        image = self.coco.imgs.get(i)
+        found = image and (image["height"], image["width"])
+        if found != size:
+            raise ValueError(f"{self.path}: image {name} is {found or 'missing'} there, (H, W) {size} here. "
+                             "Take the file of these very images, or remove it")
+        return [one | dict(category_id=self.classes[one["category_id"]], segmentation=self.coco.annToRLE(one))
+                for one in self.coco.imgToAnns[i]]
+
+
+def category(classes, k):
+    """The id of class k in the data set it comes from; k itself where there is none."""
+    return classes[k - 1].get("source_id", k)
+
+
+def image_id(name):
+    """COCO's id of an image: the number that its name is, else the name."""
+    return int(name) if name.isascii() and name.isdigit() else name
+
+
 METERS = {
     "semantic": [MeanIoU],
     "panoptic": [PanopticQuality, AveragePrecision, MeanIoU],
@@ -459,8 +602,8 @@ METERS = {
 def read_batches(pairs, indices, most):
     """Yield lists of up to `most` (index, pair): neighbours whose images have one size."""
     items = ((i, pairs.read(i)) for i in indices)
-    for _, run in itertools.groupby(items, lambda item: item[1]["ids"].shape):
-        while batch := list(itertools.islice(run, most)):
+    for _, same_size in itertools.groupby(items, lambda item: item[1]["ids"].shape):
+        while batch := list(itertools.islice(same_size, most)):
             yield batch
 
 
@@ -472,30 +615,44 @@ def resize(images, short, longest):
     return v2.functional.resize(images, size, antialias=True)
 
 
+def list_class_ids(model, classes):
+    """Which of the classes of data the outputs of a segmenter stand for, as ids: all, or the things alone."""
+    ids = range(1, len(classes) + 1)
+    if model.config["num_classes"] == len(classes):
+        return list(ids)
+    return [k for k in ids if classes[k - 1]["isthing"]]
+
+
 @torch.no_grad()
-def segment(model, images, tasks, sides=None, multi_scale=False):
+def segment(model, images, classes, tasks, sides=None, multi_scale=False):
     """Yield {task: (ids, instances, segments)} of each of images (B, 3, H, W) uint8, at their own size.
 
+    classes      of the data, whose class ids are those of the results
     sides        (short, longest) inside the network, see `resize`; None: as they are
     multi_scale  average six sizes and their mirror images; for semantic segmentation only
     """
-    size, isthing = images.shape[2:], model.config["isthing"]
+    size, ids = images.shape[2:], list_class_ids(model, classes)
     x = images.to(next(model.parameters()).device) / 255
     if multi_scale:
-        short = sides[0] if sides else None
+        short, flip = sides[0] if sides else None, not has_left_or_right(classes)
         for image in x:
-            yield {task: to_arrays(*predict(model, image, task, short, SCALES, flip=True)) for task in tasks}
+            yield {task: to_arrays(*predict(model, image, task, short, SCALES, flip), ids) for task in tasks}
         return
+    isthing = [classes[k - 1]["isthing"] for k in ids]
     for prediction in final_predictions(model, resize(x, *sides) if sides else x):
-        yield {task: to_arrays(*postprocess(prediction, size, task, isthing)) for task in tasks}
+        yield {task: to_arrays(*postprocess(prediction, size, task, isthing), ids) for task in tasks}
 
 
-def to_arrays(ids, instances, segments):
-    return ids.cpu().numpy(), instances.cpu().numpy(), segments
+def to_arrays(ids, instances, segments, class_ids):
+    """A prediction's maps as arrays; class_ids: those of the data, of the network's classes 1, 2, ..."""
+    table = np.array([0, *class_ids])
+    segments = [found | {"class": class_ids[found["class"] - 1]} for found in segments]
+    return table[ids.cpu().numpy()], instances.cpu().numpy(), segments
 
 
 def evaluate(model, pairs, task="semantic", sides=None, rank=0, world=1, multi_scale=False, folder=None):
-    """The metrics of a segmenter on a PairFolder -> {name: percent}.
+    """The metrics of a segmenter on a PairFolder -> {name: percent or None}, "images": their number, and
+    "per_class": {class name: percent or None} of the first metric.
 
     task                semantic: mIoU; panoptic: PQ, AP and mIoU; instance: AP
     sides, multi_scale  as in `segment`
@@ -504,6 +661,9 @@ def evaluate(model, pairs, task="semantic", sides=None, rank=0, world=1, multi_s
     """
     meters = [Meter(pairs.classes) for Meter in METERS[task]]
     tasks = [meter.task for meter in meters]
+    official = None
+    if "instance" in tasks and (pairs.folder / "instances.json").exists():
+        official = OfficialInstances(pairs)
     indices = range(rank, len(pairs), world)
     bar = tqdm(total=len(indices), desc=f"evaluate {pairs.folder.name}", disable=rank > 0, leave=False)
     if folder and rank == 0:
@@ -511,16 +671,20 @@ def evaluate(model, pairs, task="semantic", sides=None, rank=0, world=1, multi_s
     model.eval()
     for batch in read_batches(pairs, indices, 1 if sides else 16):
         images = torch.stack([to_tensor(pair["image"]) for _, pair in batch])
-        results = segment(model, images, tasks, sides, multi_scale)
+        results = segment(model, images, pairs.classes, tasks, sides, multi_scale)
         for (i, pair), result in zip(batch, results):
+            truth = [pair["ids"], pair["instances"]]
+            if official:
+                truth.append(official.annotations(pairs.names[i], pair["ids"].shape))
             for meter in meters:
-                meter.add(result[meter.task], (pair["ids"], pair["instances"]))
+                meter.add(result[meter.task], truth)
             if folder:
                 write_prediction(folder, pairs.names[i], result, task, pairs.classes)
             bar.update()
     if world > 1:
         meters = merge_ranks(meters, world)
-    return {"images": len(pairs)} | {k: v for meter in meters for k, v in meter.result().items()}
+    scores = {name: value for meter in meters for name, value in meter.result().items()}
+    return {"images": len(pairs), **scores, "per_class": meters[0].per_class()}
 
 
 def merge_ranks(meters, world):
@@ -540,22 +704,33 @@ def write_prediction(folder, name, result, task, classes):
     write_mask(folder / "masks" / f"{name}.png", ids.astype(np.uint8), len(classes))
     if task == "semantic":
         return
+    instances = np.minimum(instances, CROWD)               # what cannot be numbered in 8 bits is a crowd
     write_picture(folder / "instances" / f"{name}.png", instances.astype(np.uint8))
     entries = []
     for found in result["instance"][2]:
         code = run_lengths(found["mask"])
         code["counts"] = code["counts"].decode()
-        category = classes[found["class"] - 1].get("source_id", found["class"])
-        entries.append(dict(image_id=int(name) if name.isdigit() else name, category_id=category,
+        entries.append(dict(image_id=image_id(name), category_id=category(classes, found["class"]),
                             score=found["score"], segmentation=code))
     write_json(folder / "results" / f"{name}.json", entries)
 
 
 def format_metrics(split, result):
-    """What `evaluate` returned as one line of text."""
-    values = [f"{name} {value:.1f}" if isinstance(value, float) else f"{name} {value}"
-              for name, value in result.items()]
+    """What `evaluate` returned as one line of text, without the classes."""
+    values = [f"{name} {format_score(value)}" for name, value in result.items() if name != "per_class"]
     return f"{split:10} {'  '.join(values)}"
+
+
+def format_score(value):
+    return f"{value:.1f}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def format_classes(per_class):
+    """{class name: percent or None} as columns of text."""
+    width = max(map(len, per_class), default=0)
+    columns = max(1, 110 // (width + 9))
+    cells = [f"{name:{width}} {format_score(value):>5}" for name, value in per_class.items()]
+    return "\n".join("   ".join(cells[i:i + columns]) for i in range(0, len(cells), columns))
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------
@@ -567,7 +742,7 @@ def examples(model, splits, task, sides=None):
         K = len(pairs.classes)
         for i in spread(len(pairs), 4):
             pair = pairs.read(i)
-            (result,) = segment(model, to_tensor(pair["image"])[None], [task], sides)
+            (result,) = segment(model, to_tensor(pair["image"])[None], pairs.classes, [task], sides)
             rows["image"].append(pair["image"])
             for row, (ids, instances) in (("truth", (pair["ids"], pair["instances"])),
                                           ("prediction", result[task][:2])):
@@ -580,42 +755,42 @@ def examples(model, splits, task, sides=None):
 # ---- the model ---------------------------------------------------------------------------------------------
 
 def build(classes, task="semantic", preset="tiny", seed=0, init=None, new_head=False):
-    """A segmenter for these classes, new or from a checkpoint.
+    """A segmenter for these classes, new or from a checkpoint. One for instances knows the things alone.
 
     preset    of a new one: a name in mask2former.PRESETS. All but "tiny" get ImageNet weights
     init      a checkpoint of ours or a folder in transformers' format. Its classes must be these; spelling
-              may differ, and for instance segmentation it may know the things alone
+              may differ, and for instance segmentation it may know all classes, as one for panoptic does
     new_head  they may be others: the classifier of `init` is replaced by a new one
 
     Raises ValueError where the classes differ.
     """
-    names, isthing = [c["name"] for c in classes], [c["isthing"] for c in classes]
-    labels = dict(num_classes=len(names), class_names=names, isthing=isthing, task=task)
     torch.manual_seed(seed_of(seed, "weights"))
+    wanted = [c for c in classes if c["isthing"] or task != "instance"]
     if not init:
-        weights = None if preset == "tiny" else "IMAGENET1K_V1"
-        return Mask2Former(**labels, **PRESETS[preset], weights=weights)
+        model = Mask2Former(**PRESETS[preset], **describe_outputs(wanted, task))
+        if preset != "tiny":
+            model.backbone.load_imagenet()
+        return model
 
     old = load(init, task)
-    model = Mask2Former(**old.config | labels)
+    names = old.config["class_names"]
+    if names and not new_head:
+        wanted = classes if len(names) == len(classes) else wanted
+        check_classes([dict(name=spelling(name)) for name in names],
+                      [dict(name=spelling(c["name"])) for c in wanted], init,
+                      "Use weights of these classes, or begin a new classifier by --new-head")
+    model = Mask2Former(**old.config | describe_outputs(wanted, task))
     state = old.state_dict()
     if new_head:
         state |= {k: v for k, v in model.state_dict().items() if k.startswith("decoder.classes.")}
-    else:
-        state = fit_classes(state, old.config["class_names"] or names, classes, task, init)
     load_strict(model, state, init)
     return model
 
 
-def fit_classes(state, known, classes, task, path):
-    """The state dict of a segmenter of the classes named `known` -> one for `classes`. Raises ValueError."""
-    known = [dict(name=spelling(name)) for name in known]
-    expected = [dict(name=spelling(c["name"])) for c in classes]
-    things = [k for k, c in enumerate(classes) if c["isthing"]]
-    if task == "instance" and known == [expected[k] for k in things] != expected:
-        return with_stuff(state, things, len(classes))
-    check_classes(known, expected, path)
-    return state
+def describe_outputs(classes, task):
+    """The arguments of a Mask2Former that name its classes."""
+    names, isthing = [c["name"] for c in classes], [c["isthing"] for c in classes]
+    return dict(num_classes=len(names), class_names=names, isthing=isthing, task=task)
 
 
 def spelling(name):
@@ -624,23 +799,24 @@ def spelling(name):
     return " ".join(first.replace("-", " ").replace("_", " ").split())
 
 
-def with_stuff(state, things, K):
-    """A classifier of some classes, the things -> one of all K, where stuff never wins. things: indices."""
-    wide = {}
-    for key in ("decoder.classes.weight", "decoder.classes.bias"):
-        never = -1e4 if key.endswith("bias") else 0.0
-        wide[key] = state[key].new_full((K + 1, *state[key].shape[1:]), never)
-        wide[key][[*things, K]] = state[key]                          # the last row: no object
-    return state | wide
-
-
 # ---- the script --------------------------------------------------------------------------------------------
+
+def recipe_table():
+    """The recipes' defaults as text, for -h."""
+    keys = "preset", "steps", "step_images", "lr", "size", "eval_every"
+    rows = [["recipe", *keys]]
+    for name, recipe in RECIPES.items():
+        size = "x".join(map(str, recipe["size"][::-1])) if recipe["size"] else "data's"
+        values = recipe | {"size": size}
+        rows.append([name, *(str(values[key]) for key in keys)])
+    lines = ["".join(f"{cell:11}" for cell in row) for row in rows]
+    return "\n  ".join(["defaults of the recipes:", *lines])
+
 
 def training_flags(description):
     """A parser with the flags of a training, which bench/compare.py shares."""
-    defaults = [f"{name}: preset {r['preset']}, steps {r['steps']}, batch {r['batch']}, lr {r['lr']}, size "
-                f"{r['size'] or 'of the first image'}" for name, r in RECIPES.items()]
-    parser = argparse.ArgumentParser(description=description, epilog=f"Recipes: {'; '.join(defaults)}.")
+    parser = FlagParser(description=description, epilog=recipe_table(),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add, positive = parser.add_argument, number(int, 1)
     add("--data", default="shapes", help="name of a data set (data/NAME), or a folder with train/ and val/")
     add("--synth", nargs="*", metavar="DIR", help="synthetic pair folders; without it, for shapes only, "
@@ -673,7 +849,10 @@ def training_flags(description):
 
 def flags():
     parser = training_flags(__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="another seed, another run")
+    add = parser.add_argument
+    add("--seed", type=number(int, 0), default=0, help="another seed, another run")
+    add("--eval-every", type=number(int, 0), metavar="STEPS", help="evaluate on val so often, and keep the "
+        "best weights as best.safetensors; 0: only at the end")
     add = parser.add_argument_group("evaluation without training").add_argument
     add("--eval-only", action="store_true", help="evaluate --init, or what --out holds, or demo weights")
     add("--predictions", type=Path, metavar="DIR", help="write the predictions as pair folders")
@@ -686,7 +865,7 @@ RULES = [("predictions", "eval_only", True), ("multi_scale", "eval_only", True),
          ("preset", "init", False), ("p_synth", "pretrain", False)]
 RULES += [(flag, "eval_only", False) for flag in (
     "synth", "new_head", "preset", "steps", "batch", "accumulate", "lr", "p_synth", "pretrain", "limit_real",
-    "compile", "workers", "seed")]
+    "compile", "workers", "seed", "eval_every")]
 
 
 def parse(parser, argv):
@@ -698,9 +877,10 @@ def parse(parser, argv):
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     for flag, other, together in RULES:
         if flag in given and (other in given) != together:
-            words = ("without", "both") if together else ("with", "one")
-            text = f"--{flag} has no effect {words[0]} --{other}. Give {words[1]} of them"
-            raise ValueError(text.replace("_", "-"))
+            flag, other = (name.replace("_", "-") for name in (flag, other))
+            if together:
+                raise ValueError(f"--{flag} has no effect without --{other}. Give both of them")
+            raise ValueError(f"--{flag} has no effect with --{other}. Give one of them")
     args.device, args.rank, args.world = setup(args.device)
     args.sides = RECIPES[args.recipe]["sides"]
     if args.size and args.recipe != "coco":           # ADE20K: 512, 2048 for semantic; 640, 2560 for panoptic
@@ -761,30 +941,56 @@ def settings(args, real, synth):
     """All that decides the result of a run, as JSON values: the recipe, the flags over it, the data."""
     recipe = RECIPES[args.recipe]
     cfg = recipe | {key: value for key, value in vars(args).items() if key in recipe and value is not None}
-    if args.batch is None:
-        cfg["batch"] = max(1, recipe["batch"] // (args.world * args.accumulate))
+    del cfg["eval_every"]                                             # decides nothing
+    del cfg["step_images"]                                            # constant: see micro_batch
+    cfg["batch"] = args.batch
     if cfg["size"] is None:                                           # up to the network's stride
         stride = 16 if cfg["preset"] == "tiny" else 32
-        cfg["size"] = [-(-side // stride) * stride for side in real.read(0)["ids"].shape]
+        cfg["size"] = [-(-side // stride) * stride for side in median_size(real)]
     for key in ("recipe", "task", "accumulate", "p_synth", "pretrain", "seed", "world"):
         cfg[key] = getattr(args, key)
-    cfg["init"] = f"{args.init} {weights_hash(args.init)}" if args.init else None
+    cfg["init"] = None
+    if args.init:
+        hashes = [weights_hash(path) for path in weight_files(args.init)]
+        cfg["init"] = " ".join([str(args.init), *hashes])
     cfg["real"] = real.fingerprint()
     cfg["synth"] = [pairs.fingerprint() for pairs in synth]
     return cfg
 
 
-def training_batches(cfg, real, synth=(), rank=0):
+def micro_batch(cfg):
+    """Images of a micro-batch and rank: --batch, else the recipe's images of a step, shared by all."""
+    shared = RECIPES[cfg["recipe"]]["step_images"] // (cfg["world"] * cfg["accumulate"])
+    return cfg["batch"] or max(1, shared)
+
+
+def training_batches(cfg, real, synth=(), rank=0, class_ids=None):
     """The batches of a run with these settings."""
-    keys = "recipe", "size", "task", "batch", "steps", "accumulate", "p_synth", "pretrain", "seed", "world"
-    return Batches(real, synth, rank=rank, **{key: cfg[key] for key in keys})
+    keys = "recipe", "size", "task", "steps", "accumulate", "p_synth", "pretrain", "seed", "world"
+    return Batches(real, synth, batch=micro_batch(cfg), rank=rank, class_ids=class_ids,
+                   **{key: cfg[key] for key in keys})
 
 
-def train_segmenter(args, cfg, real, synth, out):
+def train_segmenter(args, cfg, real, synth, out, measure=None, eval_every=0):
     """Build the segmenter of these settings and train it in the folder `out`."""
     model = build(real.classes, cfg["task"], cfg["preset"], cfg["seed"], args.init, args.new_head)
-    batches = training_batches(cfg, real, synth, args.rank)
-    return train(model.to(args.device), batches, out, cfg, args.device, args.compile, args.workers)
+    batches = training_batches(cfg, real, synth, args.rank, list_class_ids(model, real.classes))
+    if args.rank == 0:
+        print(describe_run(args, cfg, model, real, synth, out), flush=True)
+    return train(model.to(args.device), batches, out, cfg, args.device, args.compile, args.workers, measure,
+                 eval_every)
+
+
+def describe_run(args, cfg, model, real, synth, out):
+    """What is trained, on what, how: the lines before a training."""
+    pairs = ", ".join(f"{len(one)} pairs of {one.folder}" for one in (real, *synth))
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    images = micro_batch(cfg) * cfg["accumulate"] * cfg["world"]
+    (h, w), (H, W) = cfg["size"], median_size(real)
+    return (f"{out}: {pairs}\n"
+            f"{args.device}, {precision(args.device)}, {model.config['backbone']} of {millions:.1f} M "
+            f"parameters, {cfg['steps']} steps of {images} images\n"
+            f"crops of {w} x {h}, {CROPS[cfg['recipe']]} (which is about {W} x {H})")
 
 
 def evaluate_splits(args, model, splits, predictions=None, multi_scale=False):
@@ -797,7 +1003,7 @@ def evaluate_splits(args, model, splits, predictions=None, multi_scale=False):
     return scores
 
 
-def training(args, real, splits):
+def run_training(args, real, splits):
     """What the script does without --eval-only -> {split: metrics}."""
     synth = [open_pairs(folder, args.task, real.classes) for folder in synthetic_folders(args)]
     if args.pretrain and not synth:
@@ -805,11 +1011,20 @@ def training(args, real, splits):
     for pairs in (real, *synth, *splits.values()):
         pairs.keep()                     # small sets are decoded now: a broken file shows before training
     if args.rank == 0:
-        data = ", ".join(f"{len(pairs)} pairs of {pairs.folder}" for pairs in (real, *synth))
-        print(f"{args.out}: {data}", flush=True)
+        print(describe_classes(count_classes(real), real.classes), flush=True)
 
-    model = train_segmenter(args, settings(args, real, synth), real, synth, args.out)
-    scores = evaluate_splits(args, model, splits)
+    split, score, scores = judged_split(splits), SCORE[args.task], {}
+
+    def measure(model):
+        scores.update(evaluate_splits(args, model, {split: splits[split]}))
+        return {f"{splits[split].folder.name}_{score}": scores[split][score]}
+    eval_every = RECIPES[args.recipe]["eval_every"] if args.eval_every is None else args.eval_every
+    cfg = settings(args, real, synth)
+    model = train_segmenter(args, cfg, real, synth, args.out, measure, eval_every)
+
+    # A training measures the weights that it ends with, so only the other splits are left.
+    others = {name: pairs for name, pairs in splits.items() if name not in scores}
+    scores |= evaluate_splits(args, model, others)
     if args.rank == 0:
         write_json(args.out / "metrics.json", scores)
         rows, captions = examples(model, splits, args.task, args.sides)
@@ -817,7 +1032,12 @@ def training(args, real, splits):
     return scores
 
 
-def evaluation(args, real, splits):
+def judged_split(splits):
+    """The split on which the best weights are chosen: val, else the first."""
+    return "val" if "val" in splits else next(iter(splits))
+
+
+def run_evaluation(args, real, splits):
     """What the script does with --eval-only -> {split: metrics}."""
     path = weights_to_evaluate(args)
     if args.predictions:
@@ -851,17 +1071,28 @@ def check_predictions(folder, splits):
                              "or evaluate one set at a time")
 
 
+def print_results(args, scores):
+    """The metrics of each split, those of the classes of one, where the files are and what to run next."""
+    score, judge = SCORE[args.task], judged_split(scores)
+    for split, result in scores.items():
+        print(format_metrics(split, result))
+        if split in args.eval_pairs and scores[judge][score] and result[score] is not None:
+            share = result[score] / scores[judge][score]
+            print(f"           {score} is {share:.3f} of {judge}'s")
+    print(f"{score.removeprefix('m')} of the classes on {judge}:")
+    print(format_classes(scores[judge]["per_class"]))
+    if not args.eval_only:
+        print(f"{args.out}: metrics.json, samples.png, log.png and the weights. Next: python mask2former.py "
+              f"IMAGE ... --weights {args.out / 'model.safetensors'}")
+
+
 def main(argv=None):
     args = parse(flags(), argv)
     args.out = args.out or Path("out") / dataset_name(args.data) / "mask2former"
     real, splits = open_data(args)
-    scores = evaluation(args, real, splits) if args.eval_only else training(args, real, splits)
-    score, first = SCORE[args.task], next(iter(scores))
-    for split, result in scores.items() if args.rank == 0 else ():
-        print(format_metrics(split, result))
-        if split in args.eval_pairs and scores[first][score]:
-            share = result[score] / scores[first][score]
-            print(f"           {score} is {share:.3f} of {first}'s")
+    scores = run_evaluation(args, real, splits) if args.eval_only else run_training(args, real, splits)
+    if args.rank == 0:
+        print_results(args, scores)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.pairs import atomic_write, number, run, write_json  # noqa: E402
-from train import (MeanIoU, evaluate_splits, open_data, parse, rate, settings, to_tensor,  # noqa: E402
-                   train_segmenter, training_batches, training_flags)
+from train import (MeanIoU, evaluate_splits, format_score, open_data, parse, rate, settings,  # noqa: E402
+                   to_tensor, train_segmenter, training_batches, training_flags)
 
 
 class UNet(nn.Module):
@@ -125,7 +125,8 @@ def main(argv=None):
         steps = args.steps or max(1, round(args.minutes * 60 / pace))
         scores = train_and_evaluate(name, args, dict(cfg, steps=steps), real, splits, args.out / name)
         write_json(args.out / f"{name}.json", dict(scores, steps=steps, seconds_per_step=pace))
-        print(name, steps, "steps", {split: round(one["mIoU"], 1) for split, one in scores.items()})
+        shown = {split: format_score(one["mIoU"]) for split, one in scores.items()}
+        print(name, steps, "steps", shown)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.pairs import (PairFolder, atomic_write, contact_sheet, dataset_name, number,  # noqa: E402
                         read_json, run, write_json, write_picture, write_text)
-from train import (SCORE, evaluate_splits, examples, open_data, open_pairs, parse, settings,  # noqa: E402
-                   synthetic_folders, train_segmenter, training_flags)
+from train import (SCORE, evaluate_splits, examples, format_score, micro_batch, open_data,  # noqa: E402
+                   open_pairs, parse, settings, synthetic_folders, train_segmenter, training_flags)
 
 NAMES = {"masksyn": "MaskSyn", "imgsyn": "ImgSyn"}       # of folders, in the table
 
@@ -103,22 +103,31 @@ def run_arm(args, arm, seed, real, synth, splits):
 # ---- the table ---------------------------------------------------------------------------------------------
 
 def gains(results, arm, split, score):
-    """{seed: this arm's score minus that of `real only`}, of the seeds that both have."""
-    base, own = results.get("real only", {}), results.get(arm, {})
-    return {seed: own[seed][split][score] - base[seed][split][score]
-            for seed in own if seed in base and arm != "real only"}
+    """{seed: this arm's score minus that of `real only`}, of the seeds with which both have one."""
+    base, own = (scores_by_seed(results, name, split, score) for name in ("real only", arm))
+    if arm == "real only":
+        return {}
+    return {seed: own[seed] - base[seed] for seed in own if None not in (own[seed], base.get(seed))}
+
+
+def scores_by_seed(results, arm, split, score):
+    """{seed: score}, None where there was nothing to measure."""
+    return {seed: scores[split][score] for seed, scores in results.get(arm, {}).items()}
 
 
 def mean(by_seed):
-    return sum(by_seed.values()) / len(by_seed)
+    """The mean of the values of a dict; None where there is none."""
+    values = [value for value in by_seed.values() if value is not None]
+    return sum(values) / len(values) if values else None
 
 
 def summarise(results, arm, split, score):
     """An arm on a split, over its seeds. share: its mean gain by the oracle's; None where that has none."""
-    values = {seed: scores[split][score] for seed, scores in results[arm].items()}
+    values = scores_by_seed(results, arm, split, score)
     gain = gains(results, arm, split, score)
     best = gains(results, "oracle", split, score)
-    std = stdev(values.values()) if len(values) > 1 else 0.0
+    numbers = [value for value in values.values() if value is not None]
+    std = stdev(numbers) if len(numbers) > 1 else 0.0
     share = mean(gain) / mean(best) if gain and best and mean(best) else None
     return dict(mean=mean(values), std=std, values=values, gain=gain, share=share)
 
@@ -126,7 +135,7 @@ def summarise(results, arm, split, score):
 def title(args, cfg, score):
     """What a table is of."""
     mix = "synthetic first, then real" if args.pretrain else f"p {args.p_synth}"
-    batch = cfg["batch"] * args.accumulate * args.world
+    batch = micro_batch(cfg) * args.accumulate * args.world
     seeds = " ".join(map(str, args.seeds))
     return (f"**{args.protocol}**: {args.data}, {cfg['real']}, {cfg['steps']} steps of {batch}, {mix}, "
             f"{score}, seeds {seeds}")
@@ -135,7 +144,7 @@ def title(args, cfg, score):
 def table_row(arm, summaries):
     cells = [arm]
     for one in summaries:
-        cells.append(f"{one['mean']:.1f} ± {one['std']:.1f}")
+        cells.append(f"{format_score(one['mean'])} ± {one['std']:.1f}")
         cells.append(" ".join(f"{value:+.1f}" for value in one["gain"].values()))
         cells.append("" if one["share"] is None else f"{100 * one['share']:.0f} %")
     return f"| {' | '.join(cells)} |"

@@ -15,7 +15,6 @@ Needs:  diffusion.py, text2mask.py, mask2img.py, mask2former.py, train.py, bench
 
 Dimension key: B batch, H W pixels, N segments of an image.
 """
-import argparse
 import contextlib
 import gc
 import json
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import diffusion
 import mask2former
 import train
-from data.pairs import number, picture_size, run
+from data.pairs import FlagParser, number, picture_size, run
 from mask2img import Mask2Img
 from text2mask import Text2Mask
 from turns import clock
@@ -170,8 +169,7 @@ def segmenter(preset, size, batch, args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = FlagParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--width", choices=WIDTHS, default="sdxl", help="of the generators' networks")
     add("--size", type=picture_size, default=(768, 768), help="of the generators' pictures")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from data.pairs import write_json
+from data.pairs import FlagParser, write_json
 
 SIDES = "ours", "theirs"
 
@@ -79,8 +79,7 @@ def number_of_child(*arguments):
 
 def parser_of(description):
     """A parser with the flags of both scripts."""
-    parser = argparse.ArgumentParser(description=description,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = FlagParser(description=description)
     add = parser.add_argument
     add("--rounds", type=int, default=5, help="turns of each side, 0: memory only")
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peaks of memory")
