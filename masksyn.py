@@ -18,6 +18,7 @@ Needs:   unet.py, diffusion.py, text2mask.py, mask2img.py, data/pairs.py.
 
 Dimension key: B batch, H W pixels, K classes. A job is (source name, k): the k-th pair of a source.
 """
+import os
 import shutil
 import time
 from pathlib import Path
@@ -172,6 +173,8 @@ def find_generators(args, stages, need_data=True):
                        "SDXL's folder")
     if missing:
         raise ValueError("  ".join(f"({n}) {text}." for n, text in enumerate(missing, 1)))
+    if os.environ.get("RANK", "0") == "0":
+        print(f"weights: {', '.join(map(str, paths.values()))}", flush=True)
     return paths
 
 
