@@ -5,7 +5,8 @@ force, slow loops, public implementations; resumed runs against undisturbed ones
     pip install diffusers transformers scipy accelerate  # and the comparisons marked `peer` run too
     SEGGEN_TEST_DATA=FOLDER pytest test_all.py -m real  # on samples of CamVid, COCO and ADE20K
 
-Sections in the order of the files. Mistakes of users are tables: what is spoiled, the command, words of the message.
+Sections in the order of the files. Mistakes of users are tables: what is spoiled, the command, words of the
+message.
 """
 import ast
 import copy
@@ -122,13 +123,14 @@ def snapshot(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-# A server that has imported everything starts the processes: to kill one, or to start two ranks, costs no time.
+# A server that has imported everything starts the processes: to kill one or to start two costs no time.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch._dynamo", "masksyn", "imgsyn", "train"])
 
 
 def run_rank(rank, ranks, port, function, arguments):
-    """What torchrun does for a rank. One thread: another split of a sum over threads changes its last bits."""
+    """What torchrun does for a rank. One thread: another split of a sum over threads changes its last
+    bits."""
     if ranks > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -231,7 +233,8 @@ def test_photos_are_read_as_a_viewer_shows_them(tmp_path, orientation):
     stored.save(tmp_path / "images/a.jpg", exif=exif, quality=95)
     (tmp_path / "images/a.png").unlink()
     pairs = PairFolder(tmp_path)
-    assert P.header_size(pairs.paths[0]) == (48, 32) and stored.size == ((48, 32) if orientation < 5 else (32, 48))
+    assert P.header_size(pairs.paths[0]) == (48, 32)
+    assert stored.size == ((48, 32) if orientation < 5 else (32, 48))
     pairs.keep()
     pair = pairs.read(0)
     assert (pair["image"][pair["ids"] == 1] > 200).all() and (pair["image"][pair["ids"] == 2] < 55).all()
@@ -239,7 +242,8 @@ def test_photos_are_read_as_a_viewer_shows_them(tmp_path, orientation):
 
 @pytest.mark.parametrize("part, name, words", [
     ("masks", "b.jpg", "b.jpg is there: save it as .png, from where it was made: a JPEG has changed the ids"),
-    ("instances", "b.jpeg", "b.jpeg is there: save it as .png"), ("images", "b.webp", "b.webp is there: save it"),
+    ("instances", "b.jpeg", "b.jpeg is there: save it as .png"),
+    ("images", "b.webp", "b.webp is there: save it"),
     ("masks", "b.PNG", None), ("images", "b.JPG", None)])
 def test_files_of_other_kinds_are_named(tmp_path, part, name, words):
     root = pair_folder(tmp_path)
@@ -279,7 +283,8 @@ def test_captions_of_windows(tmp_path, content, captions):
 
 
 @pytest.mark.parametrize("ids, count, words", [
-    ([0, 1, 1, 2], 2, []), ([0, 1, 1, 1], 2, ["no pixel is 2 class2"]), ([0, 0, 0, 1], 2, ["75 % of the", "2 class2"]),
+    ([0, 1, 1, 2], 2, []), ([0, 1, 1, 1], 2, ["no pixel is 2 class2"]),
+    ([0, 0, 0, 1], 2, ["75 % of the", "2 class2"]),
     ([0, 1, 1, 1], 1, ["everything that is not class1 is void"]), ([1, 1, 1, 1], 1, [])])
 def test_shares_of_classes_and_what_looks_wrong_about_them(tmp_path, ids, count, words):
     classes = [dict(name=f"class{k}", isthing=False) for k in range(1, count + 1)]
@@ -635,7 +640,7 @@ def test_a_controlnet_adds_nothing_at_first_but_learns_and_checkpointing_runs_bl
     output = unet.enable_checkpointing()(*data, control(*data, cond))
     assert torch.equal(output, plain)
     output.square().mean().backward()
-    assert len(calls) == 4                                                                          # each again in backward; see unet_pairs for gradients
+    assert len(calls) == 4  # each again in backward; see unet_pairs for gradients
     assert all(p.grad.any() for p in unet.parameters()) and unet.head[0].weight.grad[:, -3:].any()  # of x
     for conv in (*control.controlnet_down_blocks, control.controlnet_mid_block, control.controlnet_head[-1]):
         assert conv.weight.abs().max() == 0 and conv.weight.grad.abs().max() > 0
@@ -676,7 +681,7 @@ def test_text_encoder_separates_words_and_an_empty_caption_is_the_null_condition
     words = {"".join(random.Random(i).choices("abcdefgh", k=5)) for i in range(2000)}
     _, vectors = text(text.tokenize(sorted(words)))
     assert len(vectors.mul(1e4).round().unique(dim=0)) > 0.99 * len(words)  # one row: under half
-    text.position.data[3:].normal_()                                        # of the padding, which no word attends to
+    text.position.data[3:].normal_()  # of the padding, which no word attends to
     assert torch.allclose(text(tokens)[0][0], context[0])
 
 
@@ -685,7 +690,8 @@ def test_words_of_any_language():
         return [set(row[row > 0].tolist()) for row in nets.TextEncoder().tokenize(captions)]
     composed, decomposed = words("un caf\u00e9 pr\u00e8s", "un cafe\u0301 pre\u0300s")
     assert composed == decomposed and len(composed) == 3
-    two, three = words("\u4e24\u5ea7\u7ea2\u623f\u5b50\u5728\u6c34\u8fb9", "\u4e09\u5ea7\u7ea2\u623f\u5b50\u5728\u6c34\u8fb9")
+    houses = "\u5ea7\u7ea2\u623f\u5b50\u5728\u6c34\u8fb9"
+    two, three = words("\u4e24" + houses, "\u4e09" + houses)
     assert len(two) == 8 and len(two & three) == 7  # two red houses by the water, and three
     hindi = nets.caption_words("\u0939\u093f\u0928\u094d\u0926\u0940 \u092e\u0947\u0902")
     assert len(hindi) == 2  # vowel signs stay with their letters
@@ -741,7 +747,8 @@ def spoil_folder(folder, path, change):
     ("tokenizer_2/tokenizer_config.json", dict(pad_token="<pad>"), "<pad> in its vocabulary"),
     ("tokenizer/tokenizer_config.json", dict(added_tokens_decoder={"9": dict(content="<cat-toy>")}),
      "the added tokens <cat-toy>"),
-    ("tokenizer/tokenizer.json", dict(added_tokens=[dict(content="<cat-toy>")]), "the added tokens <cat-toy>"),
+    ("tokenizer/tokenizer.json", dict(added_tokens=[dict(content="<cat-toy>")]),
+     "the added tokens <cat-toy>"),
 ])
 def test_a_wrong_sdxl_folder_is_refused_in_one_line(sdxl, tmp_path, path, change, words):
     folder = shutil.copytree(sdxl / "base", tmp_path / "base")
@@ -940,7 +947,8 @@ def test_a_run_that_ends_early_resumes_bit_for_bit(tmp_path, dataset, accumulate
     torch.testing.assert_close(resumed, batches[4 * accumulate:], rtol=0, atol=0)  # it goes on from step 4
     files, steps = results(tmp_path / "a")
     assert results(tmp_path / "b") == (files, steps)
-    assert files.keys() == {"model.safetensors", "samples.png", "settings.json"} and steps == [2, 4, 6, 8, 10, 12]
+    assert files.keys() == {"model.safetensors", "samples.png", "settings.json"}
+    assert steps == [2, 4, 6, 8, 10, 12]
 
 
 @pytest.mark.parametrize("change, words", [
@@ -969,7 +977,8 @@ def test_more_steps_go_on_by_the_rates_of_the_new_total(tmp_path, capsys, first)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     for line in lines:
         total = first if line["step"] <= first else 16
-        assert line["rate"] == pytest.approx(1e-3 * diffusion.rate(line["step"] - 1, total, 100, "cosine"), rel=1e-3)
+        share = diffusion.rate(line["step"] - 1, total, 100, "cosine")
+        assert line["rate"] == pytest.approx(1e-3 * share, rel=1e-3)
     assert lines[-1].keys() == {"step", "loss", "rate", "gradient_norm", "seconds_per_step", "memory_mb"}
     before = snapshot(tmp_path)
     (tmp_path / "model.safetensors").unlink()  # it comes again
@@ -980,9 +989,9 @@ def test_more_steps_go_on_by_the_rates_of_the_new_total(tmp_path, capsys, first)
 
 def test_the_curves_of_a_log_are_drawn():
     log = [dict(step=n, loss=1 - n / 4, note="words") for n in (1, 2, 3, 4)]
-    picture = np.asarray(diffusion.draw_log(log).convert("L"), float)
-    blue = np.argwhere(np.asarray(diffusion.draw_log(log))[..., 2] > np.asarray(diffusion.draw_log(log))[..., 0])
-    assert picture.shape == (150, 720) and np.corrcoef(blue.T)[0, 1] > 0.99  # one line, which falls
+    picture = np.asarray(diffusion.draw_log(log))
+    blue = np.argwhere(picture[..., 2] > picture[..., 0])
+    assert picture.shape == (150, 720, 3) and np.corrcoef(blue.T)[0, 1] > 0.99  # one line, which falls
 
 
 class Boom:
@@ -1081,7 +1090,8 @@ def test_a_checkpoint_comes_back_and_others_are_refused(tmp_path, monkeypatch):
     diffusion.save(model, "nan")
     assert len({"", diffusion.weights_hash("good"), diffusion.weights_hash("nan")}) == 3
     good, nan = (Path(f"{name}/model.safetensors").read_bytes() for name in ("good", "nan"))
-    for content, words in ((good[:-20], "cut short"), (good.replace(b"n-1", b"n-9"), "its format is seggen-9"),
+    for content, words in ((good[:-20], "cut short"),
+                           (good.replace(b"n-1", b"n-9"), "its format is seggen-9"),
                            (pickle.dumps(Boom()), "not a safetensors file"), (nan, "not finite")):
         Path("bad").write_bytes(content)
         with pytest.raises(ValueError, match=f"^bad: .*{words}"):
@@ -1487,7 +1497,8 @@ def test_own_weights_come_before_the_shipped_ones(untrained, tmp_path, monkeypat
 
 @pytest.mark.parametrize("module, changed", [
     (text2mask, {"unet.head.2.weight", "unet.head.2.bias"}),
-    (mask2img, {"controlnet.controlnet_cond_embedding.conv_in.weight", "controlnet.controlnet_head.0.weight"})])
+    (mask2img, {"controlnet.controlnet_cond_embedding.conv_in.weight",
+                "controlnet.controlnet_head.0.weight"})])
 @pytest.mark.parametrize("count", [2, 13])
 def test_training_on_other_classes_begins_with_all_weights_that_fit(tmp_path, module, changed, count):
     cls = dict(text2mask=Text2Mask, mask2img=Mask2Img)[module.__name__]
@@ -1532,7 +1543,11 @@ def test_a_mask_is_outlined_as_its_model_was_trained(tmp_path, monkeypatch):
     ids = np.uint8([[1] * 8 + [2] * 8] * 16)
     P.write_mask(tmp_path / "mask.png", ids, 2)
     seen = []
-    monkeypatch.setattr(Mask2Img, "sample", lambda model, codes, *_: seen.append(codes) or np.zeros((1, 16, 16, 3), np.uint8))
+
+    def paint(model, codes, *_):
+        seen.append(codes)
+        return np.zeros((1, 16, 16, 3), np.uint8)
+    monkeypatch.setattr(Mask2Img, "sample", paint)
     for edges in (False, True):
         model = small_model(mask2img, [dict(name="a"), dict(name="b")])
         model.config["edges"] = edges
@@ -1592,7 +1607,8 @@ def kill_when_begun(command, out):
 
 
 def results(out):
-    """What must be the same in the end: all files but the optimiser's and the curves; of the log the steps."""
+    """What must be the same in the end: all files but the optimiser's and the curves; of the log the
+    steps."""
     files = snapshot(out)
     files.pop("state.pt", None)
     files.pop("log.png", None)
@@ -1704,7 +1720,8 @@ def classes(split, *names):
     (None, "mask2img train", "--out shapes/train", "holds other files (captions). Choose another folder"),
     (None, "text2mask train", "--out shapes/train/classes.json", "classes.json: is a file. Choose a folder"),
     ((MASK, Image.new("L", (32, 32))), "text2mask train", "", "32 x 32 pixels, its image 64 x 64"),
-    (None, "imgsyn", "--mask2img nothing", "nothing: no trained weights. Train them with: python mask2img.py"),
+    (None, "imgsyn", "--mask2img nothing",
+     "nothing: no trained weights. Train them with: python mask2img.py"),
     (None, "masksyn", "--data mine/data/ --prompt x", "out/data/text2mask: no trained weights"),
     (None, "masksyn", "--captions shapes/train/classes.json/x", "x"),
     (None, "masksyn", f"--text2mask {SHIPPED / 'base'}", "holds a TextToImage, not a Text2Mask"),
@@ -2060,7 +2077,8 @@ def test_sizes_and_first_weights_are_the_originals():
         assert conv.bias is None or not conv.bias.any()
 
 
-@pytest.mark.parametrize("name, file", [("resnet50", "resnet50-0676ba61.pth"), ("swin_t", "swin_t-704ceda3.pth")])
+@pytest.mark.parametrize("name, file", [
+    ("resnet50", "resnet50-0676ba61.pth"), ("swin_t", "swin_t-704ceda3.pth")])
 def test_imagenet_weights_are_torchvisions(name, file, tmp_path, monkeypatch):
     """Random weights where torchvision keeps its downloads; then the same file cut short."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -2075,7 +2093,8 @@ def test_imagenet_weights_are_torchvisions(name, file, tmp_path, monkeypatch):
         assert torch.allclose(model.backbone(x)[-1], right, rtol=1e-4, atol=1e-4)
     else:  # its deepest map has a norm of ours behind it
         own = model.backbone.features.state_dict()
-        assert all(torch.equal(own[key], value) for key, value in theirs.features.state_dict().items() if key in own)
+        public = theirs.features.state_dict()
+        assert all(torch.equal(own[key], public[key]) for key in own)
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=f"{name}: its ImageNet weights cannot be had .*{file.parent}"):
         model.backbone.load_imagenet()
@@ -2987,7 +3006,8 @@ def test_the_script_trains_then_evaluates_other_folders(world, tmp_path, capsys,
     call(T, *flags, task, "--synth", mine, "--init", SEGMENTER, *training)
     text = capsys.readouterr().out
     for words in (f"12 pairs of {world / 'train'}, 4 pairs of {mine}\n", "cpu, torch.float32, tiny of 0.8 M",
-                  "4 steps of 1 images", "crops of 64 x 64, half to all of a picture (which is about 64 x 64)",
+                  "4 steps of 1 images",
+                  "crops of 64 x 64, half to all of a picture (which is about 64 x 64)",
                   "void 0 %", f"{score} of the classes on val:",
                   f"mask2former.py IMAGE ... --weights {out}/model.safetensors"):
         assert words in text, words
@@ -3284,7 +3304,8 @@ SEVEN = Image.new("L", (30, 20), 7)
     ("masks/3.png", Image.new("L", (30, 20), 215), "", "holds the id 215, where 214 classes are possible"),
     ("masks/3.png", Image.new("L", (30, 20), 255), "", "If it means void, add --void 255"),
     ("masks/3.png", Image.new("I;16", (30, 20), 7000), "", "holds the id 7000"),
-    ("masks/3.png", SEVEN, "--names names.txt", "id 7, where 3 names are given. Give the names of all ids, or --void 7"),
+    ("masks/3.png", SEVEN, "--names names.txt",
+     "id 7, where 3 names are given. Give the names of all ids, or --void 7"),
     ("masks/3.png", SEVEN, "--binary cat --void 1", "the id 2, where --binary expects 0 and 1, or 0 and 255"),
     ("masks/3.png", "cut", "", "3.png: not a readable picture"),
     ("images/3.jpg", "cut", "", "3.jpg: not a readable picture"),
@@ -3295,7 +3316,8 @@ SEVEN = Image.new("L", (30, 20), 7)
     ("names.json", '["sky", 3]', "--names names.json", "names.json: an entry is no name"),
     ("names.json", '{"0": "sky"}', "--names names.json", "names.json: an entry is no name"),
     ("names.txt", "\n".join(map(str, range(215))), "--names names.txt", "215 classes"),
-    ("names.txt", "a\nb\nVoid", "--names names.txt", "Void is no class. Leave it out, and give its id by --void"),
+    ("names.txt", "a\nb\nVoid", "--names names.txt",
+     "Void is no class. Leave it out, and give its id by --void"),
     ("names.txt", "a\nb\na", "--names names.txt", "lists a twice"),
     ("table.json", '[{"name": "a"}]', "--colours table.json", "table.json: not a table of colours"),
     ("table.json", '[{"name": "a", "color": [1, 2]}]', "--colours table.json", "not a table of colours"),
@@ -3979,7 +4001,8 @@ def test_the_camvid_sample_by_the_script_for_any_folder(tmp_path):
 
 # ---- bench/ ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("script", [p.name for p in sorted(REPO.glob("bench/*.py")) if "__main__" in p.read_text()])
+@pytest.mark.parametrize("script", [
+    path.name for path in sorted(REPO.glob("bench/*.py")) if "__main__" in path.read_text()])
 def test_benches_start_and_show_their_flags(script, monkeypatch, capsys):
     monkeypatch.syspath_prepend(REPO / "bench")  # as `python bench/script` does
     monkeypatch.setattr(sys, "argv", [script, "-h"])
@@ -3992,7 +4015,8 @@ def test_benches_start_and_show_their_flags(script, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.peer
 @pytest.mark.parametrize("script, flags, units", [
-    ("vs_diffusers.py", "--what forward sample --rounds 1 --steps 2", {" s ": 2, "MB ": 2, "difference 0 ": 1}),
+    ("vs_diffusers.py", "--what forward sample --rounds 1 --steps 2",
+     {" s ": 2, "MB ": 2, "difference 0 ": 1}),
     ("vs_transformers.py", "--what forward --rounds 1 --sizes 64", {" s ": 1, "MB ": 1}),
     ("paper_scale.py", "--width toy --size 64 --batch 1", {" s a step ": 3, " s an image ": 2})])
 def test_benches_beside_public_libraries(script, flags, units, tmp_path):
@@ -4004,8 +4028,10 @@ def test_benches_beside_public_libraries(script, flags, units, tmp_path):
 
 
 def test_captions_name_classes_by_words_and_phrases():
-    words = {"car": ["car", "cars"], "dining table": ["dining table"], "sky": ["under the sky"], "ship": ["ship"]}
-    assert masks.named_classes("Two cars, a dining  table; no ships without sky.", words) == {"car", "dining table"}
+    words = {"car": ["car", "cars"], "dining table": ["dining table"], "sky": ["under the sky"],
+             "ship": ["ship"]}
+    found = masks.named_classes("Two cars, a dining  table; no ships without sky.", words)
+    assert found == {"car", "dining table"}
     assert masks.named_classes("under the sky: a ship", words) == {"sky", "ship"}
     numbered = {f"class{k}": [f"class{k}"] for k in (1, 2, 3)}
     assert masks.named_classes("a picture of class1", numbered) == {"class1"}
@@ -4021,7 +4047,8 @@ def test_the_figures_of_a_mask_counted_by_hand():
     colours[6:8, :5] += 11                                  # 19.1
     real = np.where(np.eye(10, 20), 3, 1).astype(np.uint8)  # ten specks of a pixel
     words = {"sky": ["sky"], "hill": ["hill"], "car": ["car", "cars"], "pole": []}
-    for caption, named, painted, hits in (("A car.", 1, 1, 0), ("sky, hill", 2, 2, 2), ("cars on a hill", 2, 1, 1)):
+    for caption, named, painted, hits in (
+            ("A car.", 1, 1, 0), ("sky, hill", 2, 2, 2), ("cars on a hill", 2, 1, 1)):
         assert masks.judge(codes, colours, real, caption, classes, words) == pytest.approx(dict(
             off_colour=10 / 200, specks_sampled=7 / 200, specks_cleaned=0, specks_real=10 / 200,
             named=named, painted=painted, hits=hits))
@@ -4031,7 +4058,11 @@ def test_real_masks_obey_their_captions(world):
     pairs = PairFolder(world / "val", ("ids",))
     codes = np.stack([pairs.read(i)["ids"] for i in range(4)])
     parts = iter((codes[:3], codes[3:]))
-    model = SimpleNamespace(sample=lambda *_, maps: (part := next(parts), palette(len(pairs.classes))[part] * 1.0))
+
+    def sample_masks(*_, maps):
+        codes = next(parts)
+        return codes, palette(len(pairs.classes))[codes] * 1.0
+    model = SimpleNamespace(sample=sample_masks)
     args = SimpleNamespace(batch=3, seed=0, steps=1, guidance=1.0, sampler="edm")
     figures = masks.measure(model, pairs, args)
     assert figures["specks_sampled"] == figures["specks_real"] and figures["off_colour"] == 0
@@ -4044,7 +4075,8 @@ def test_masks_of_the_shipped_weights(world, tmp_path, capsys, complete):
     if not complete:
         (data / "val/words.json").unlink()
     masks.main(["--data", str(data), "--json", str(tmp_path / "m.json"), "--limit", "4", "--steps", "3"])
-    figures, (title, *lines) = json.loads((tmp_path / "m.json").read_text()), capsys.readouterr().out.splitlines()
+    figures = json.loads((tmp_path / "m.json").read_text())
+    title, *lines = capsys.readouterr().out.splitlines()
     assert title == f"4 captions of {data / 'val'}" and len(lines) == len(figures) - 1
     for (key, value), line in zip(figures.items(), lines):
         printed = line.removeprefix(key.replace("_", " ")).split()[0]
@@ -4084,7 +4116,8 @@ def test_a_snippet_of_the_readme_runs_as_written(tmp_path, monkeypatch, snippet)
         assert names["ids"].shape == (64, 64) and names["total"].isfinite()
 
 
-FILES = ["unet", "diffusion", "mask2former", "text2mask", "train", "mask2img", "masksyn", "imgsyn", "data.pairs"]
+FILES = ["unet", "diffusion", "mask2former", "text2mask", "train", "mask2img", "masksyn", "imgsyn",
+         "data.pairs"]
 
 
 def source(name):
