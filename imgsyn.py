@@ -31,11 +31,10 @@ def main(argv=None):
     pairs = PairFolder(find_split(args.data, args.split), ("ids", "instances"))
     mask2img = diffusion.load(Mask2Img, path, device)
     check_classes(mask2img.config["classes"], pairs.classes, path)
-    position = {name: i for i, name in enumerate(pairs.names)}
 
     def read_mask(source):
         """A human mask at the size of Mask2Img -> class ids and instances, both (H, W) uint8."""
-        pair = pairs.read(position[source])
+        pair = pairs.read(pairs.positions[source])
         crop = ResizeCrop(pair["ids"].shape, mask2img.config["size"])
         return crop(pair["ids"]), crop(pair["instances"])
 

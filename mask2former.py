@@ -175,16 +175,16 @@ class WindowAttention(ShiftedWindowAttention):
             x = x.roll((-shift, -shift), (1, 2))
         x = rearrange(x, "b (h a) (w c) d -> (b h w) (a c) d", a=window, c=window)  # (B windows, n, C)
         q, k, v = rearrange(self.qkv(x), "b n (t m d) -> t b m n d", t=3, m=self.num_heads)
-        bias = self.get_relative_position_bias()  # (1, M, n, n)
+        bias = self.get_relative_position_bias()               # (1, M, n, n)
         if shift:
             hidden = ~self.shift_mask(h * window, w * window, x.device)[:, None]
             bias = (bias - 100.0 * hidden).repeat(B, 1, 1, 1)  # (B windows, M, n, n)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        x = self.proj(rearrange(x, "b m n d -> b n (m d)"))  # (B windows, n, C)
+        x = self.proj(rearrange(x, "b m n d -> b n (m d)"))    # (B windows, n, C)
         x = rearrange(x, "(b h w) (a c) d -> b (h a) (w c) d", a=window, c=window, h=h, w=w)
         if shift:
             x = x.roll((shift, shift), (1, 2))
-        return x[:, :H, :W]  # (B, H, W, C)
+        return x[:, :H, :W]                                    # (B, H, W, C)
 
 
 class Swin(nn.Module):
@@ -279,7 +279,7 @@ class DeformableAttention(nn.Module):
         direction = torch.stack([angle.cos(), angle.sin()], 1)         # (M, 2), on a circle
         direction = direction / direction.abs().amax(1, keepdim=True)  # on a square
         distance = torch.arange(1, points + 1)[:, None]
-        start = direction[:, None, None] * distance  # (M, 1, P, 2)
+        start = direction[:, None, None] * distance                    # (M, 1, P, 2)
         with torch.no_grad():
             self.offsets.bias.copy_(start.expand(-1, levels, -1, -1).flatten())
 
@@ -288,9 +288,9 @@ class DeformableAttention(nn.Module):
         their x y in 0..1; sizes: (h, w) of each map -> (B, N, D)."""
         query = x + position
         offsets = rearrange(upcast(self.offsets(query)), "b n (m s p c) -> s (b m) p n c",
-                            m=self.heads, s=self.levels, c=2)  # a map: (B M, P, N, 2)
+                            m=self.heads, s=self.levels, c=2)          # a map: (B M, P, N, 2)
         weights = rearrange(upcast(self.weights(query)), "b n (m j) -> b n m j", m=self.heads)
-        weights = weights.softmax(-1)  # over the points of all maps
+        weights = weights.softmax(-1)                                  # over the points of all maps
         weights = rearrange(weights, "b n m (s p) -> s (b m) 1 p n", s=self.levels)
         values = upcast(self.value(x)).split([h * w for h, w in sizes], 1)
         total = 0
@@ -298,8 +298,8 @@ class DeformableAttention(nn.Module):
             value = rearrange(value, "b (h w) (m d) -> (b m) d h w", h=h, m=self.heads)
             # A pixel's sides, where the map spans -1..1. (With torch.tensor, the CPU would wait for the GPU)
             pixel = torch.stack([offset.new_full((), 2 / w), offset.new_full((), 2 / h)])
-            points = 2 * centres - 1 + offset * pixel         # (B M, P, N, 2)
-            total = total + self.read(value, points, weight)  # (B M, d, N)
+            points = 2 * centres - 1 + offset * pixel                  # (B M, P, N, 2)
+            total = total + self.read(value, points, weight)           # (B M, d, N)
         return self.out(rearrange(total, "(b m) d n -> b n (m d)", b=len(x)).to(x.dtype))
 
     def read(self, value, points, weight):
@@ -315,7 +315,7 @@ class DeformableAttention(nn.Module):
 def read_points(value, points, weight):
     """A map's values (B M, d, h, w) at points (B M, P, N, 2), x y in -1..1, summed over P with weight
     (B M, 1, P, N) -> (B M, d, N)."""
-    values = F.grid_sample(value, points, align_corners=False)  # (B M, d, P, N)
+    values = F.grid_sample(value, points, align_corners=False)         # (B M, d, P, N)
     # Point by point, the sum stays in the processor's cache; all products at once would not
     return sum(v * w for v, w in zip(values.unbind(2), weight.unbind(2)))
 
@@ -363,18 +363,18 @@ class PixelDecoder(nn.Module):
 
     def forward(self, maps):
         finest, *others = maps
-        maps = [conv(m) for conv, m in zip(self.inputs, others[::-1])]  # (B, D, h, w) each
+        maps = [conv(m) for conv, m in zip(self.inputs, others[::-1])]   # (B, D, h, w) each
         sizes = [m.shape[2:] for m in maps]
         positions = [position_encoding(m) + level for m, level in zip(maps, self.level)]
         position = torch.cat(positions, 1)                     # (1, N, D)
-        centres = torch.cat([pixel_centres(m) for m in maps])  # (N, 2)
-        x = torch.cat([m.flatten(2).mT for m in maps], 1)      # (B, N, D)
+        centres = torch.cat([pixel_centres(m) for m in maps])            # (N, 2)
+        x = torch.cat([m.flatten(2).mT for m in maps], 1)                # (B, N, D)
         for layer in self.layers:
             x = layer(x, position, centres, sizes)
         parts = x.split([h * w for h, w in sizes], 1)
         maps = [part.mT.unflatten(2, size) for part, size in zip(parts, sizes)]
         up = F.interpolate(maps[-1], finest.shape[2:], mode="bilinear")
-        features = F.relu(self.smooth(self.lateral(finest) + up))  # (B, D, h, w)
+        features = F.relu(self.smooth(self.lateral(finest) + up))        # (B, D, h, w)
         return self.masks(features), maps
 
 
@@ -394,7 +394,7 @@ class Attention(nn.Module):
     def forward(self, q, k, v, mask=None):
         projections = zip((q, k, v), self.qkv.weight.chunk(3), self.qkv.bias.chunk(3))
         q, k, v = (rearrange(F.linear(x, weight, bias), "b n (m d) -> b m n d", m=self.heads)
-                   for x, weight, bias in projections)  # (B, M, N, d)
+                   for x, weight, bias in projections)         # (B, M, N, d)
         mask = None if mask is None else mask[:, None]
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(rearrange(x, "b m n d -> b n (m d)"))  # (B, Q, D)
@@ -465,7 +465,7 @@ class Decoder(nn.Module):
         keys = [value + position_encoding(m) for value, m in zip(values, maps)]
         # Where to look is a yes or no: it has no gradient
         small = [F.interpolate(features.detach(), m.shape[2:], mode="bilinear") for m in maps]
-        x = self.queries.expand(len(features), -1, -1)  # (B, Q, D)
+        x = self.queries.expand(len(features), -1, -1)                            # (B, Q, D)
         outputs = [self.output(x, features)]
         for i, layer in enumerate(self.layers):
             level = i % 3
@@ -628,10 +628,10 @@ def augment(cost, u, v, owner, row, problems):
     p = problems
     while len(p):
         end[p] = np.where(settled[p], np.inf, distance[p]).argmin(1)
-        p = p[owner[p, end[p]] >= 0]  # at a free column the path ends
+        p = p[owner[p, end[p]] >= 0]               # at a free column the path ends
         column = end[p]
         settled[p, column] = True
-        other = owner[p, column]  # this row would have to go on to another column
+        other = owner[p, column]                   # this row would have to go on to another column
         further = (distance[p, column] - u[p, other])[:, None] + cost[p, other] - v[p]
         i, to = np.nonzero((further < distance[p]) & ~settled[p])
         distance[p[i], to] = further[i, to]
@@ -696,7 +696,7 @@ class SetLoss(nn.Module):
             features = upcast(outputs[-1]["features"])                              # (B, D, h, w)
             labels = [t["labels"].to(device, torch.long) for t in targets]          # (N,) each
             masks = [t["masks"].to(device, non_blocking=True).to(features.dtype) for t in targets]
-            valid = self.stack_valid(targets, features)  # (B, 1, H, W) or None
+            valid = self.stack_valid(targets, features)                             # (B, 1, H, W) or None
             image = [torch.full_like(label, b) for b, label in enumerate(labels)]
             image = torch.cat(image)                                                # (all N,)
             query = self.match(logits, embed, features, labels, masks, valid)       # (L, all N)
@@ -744,7 +744,7 @@ class SetLoss(nn.Module):
         points = random_points(1, self.points, features.device)
         at_points = point_sample(features[b, None], points)[0]  # (D, P)
         t = point_sample(masks[b][None], points)[0].T           # (P, N)
-        weight = torch.ones_like(t[:, 0])                       # (P,)
+        weight = torch.ones_like(t[:, 0])                 # (P,)
         if valid is not None:
             weight = point_sample(valid[b, None], points)[0, 0]
         t = t * weight[:, None]
@@ -779,13 +779,13 @@ class SetLoss(nn.Module):
         """Cross entropy and dice of the matched masks at uncertain points, summed over all outputs."""
         L, N = query.shape
         if N == 0:
-            return embed.sum() * 0, features.sum() * 0                 # not plain 0: DDP waits for gradients
-        x = self.matched_logits(embed, features, masks, image, query)  # (N L, 1, h, w)
+            return embed.sum() * 0, features.sum() * 0  # not plain 0: DDP waits for gradients
+        x = self.matched_logits(embed, features, masks, image, query)     # (N L, 1, h, w)
         with torch.no_grad():
             # A few masks at a time, as in `costs`.
             rows = max(1, 2 ** 21 // int(self.points * self.oversample))
             points = torch.cat([self.uncertain_points(part) for part in x.split(rows)])  # (N L, P, 2)
-            t = self.read_targets(torch.cat(masks)[:, None], points, L)                  # (N L, P)
+            t = self.read_targets(torch.cat(masks)[:, None], points, L)   # (N L, P)
             # 0 for targets that are left out.
             weight = (query.T >= 0).to(t).reshape(-1, 1).expand_as(t)
             if valid is not None:
@@ -941,15 +941,15 @@ def panoptic(prediction, size, isthing, object_threshold=0.8, overlap_threshold=
 
     Queries surer of their class than object_threshold compete for each pixel, by score x mask probability.
     A segment that wins less than overlap_threshold of its own mask is left out."""
-    scores, classes = prediction["class_logits"].softmax(-1).max(-1)  # (Q,)
+    scores, classes = prediction["class_logits"].softmax(-1).max(-1)         # (Q,)
     scores, order = scores.sort(descending=True, stable=True)
-    sure = (scores > object_threshold) & (classes[order] < len(isthing))  # the last class: no object
+    sure = (scores > object_threshold) & (classes[order] < len(isthing))     # the last class: no object
     scores, order = scores[sure], order[sure]
     ids, instances = torch.zeros(2, *size, dtype=torch.long, device=scores.device)
     if not len(order):
         return ids, instances, []
     masks = upsample(prediction["mask_logits"][order], prediction, size).sigmoid_()
-    winner = (masks * scores[:, None, None]).argmax(0)  # (H, W)
+    winner = (masks * scores[:, None, None]).argmax(0)                       # (H, W)
     segments, stuff = [], {}
     for q, (score, k) in enumerate(zip(scores.tolist(), classes[order].tolist())):
         won, own = winner == q, masks[q] >= 0.5
@@ -983,7 +983,7 @@ def instance(prediction, size, isthing, top=100, shown=0.5):
         return ids, instances, []
     # One mask for each query, even with several classes.
     query, row = query.unique(return_inverse=True)
-    masks = upsample(prediction["mask_logits"][query], prediction, size)  # (q, H, W)
+    masks = upsample(prediction["mask_logits"][query], prediction, size)     # (q, H, W)
     inside = masks > 0
     area = inside.sum((1, 2), dtype=masks.dtype)
     certainty = (masks.sigmoid_() * inside).sum((1, 2)) / (area + 1e-6)
@@ -1038,7 +1038,7 @@ def save(model, path):
         save_file(tensors, temporary, {"seggen": json.dumps(header)})  # one key: their order is random
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # the library makes the file private
+        os.chmod(temporary, 0o666 & ~umask)                            # the library makes the file private
 
 
 def load(path, task=None):

@@ -110,7 +110,7 @@ class Mask2Img(TextToImage):
         context, pooled = caption  # (B, L, D), (B, P)
         # For each skip of the UNet, for its middle and its head
         residuals = self.controlnet(x, t, context, pooled, time_ids, colour_map)
-        return self.unet(x, t, context, pooled, time_ids, residuals)  # (B, C, h, w)
+        return self.unet(x, t, context, pooled, time_ids, residuals)        # (B, C, h, w)
 
     def loss(self, net, batch, drop=DROP, shuffle=False):
         """The diffusion loss. A share `drop` of the samples loses its mask and caption; on SDXL the caption.

@@ -18,7 +18,6 @@ Needs:   unet.py, diffusion.py, text2mask.py, mask2img.py, data/pairs.py.
 
 Dimension key: B batch, H W pixels, K classes. A job is (source name, k): the k-th pair of a source.
 """
-import os
 import shutil
 import time
 from pathlib import Path
@@ -173,7 +172,8 @@ def find_generators(args, stages, need_data=True):
                        "SDXL's folder")
     if missing:
         raise ValueError("  ".join(f"({n}) {text}." for n, text in enumerate(missing, 1)))
-    if os.environ.get("RANK", "0") == "0":
+    _, rank, _ = diffusion.setup(args.device)
+    if rank == 0:
         print(f"weights: {', '.join(map(str, paths.values()))}", flush=True)
     return paths
 
@@ -280,10 +280,9 @@ def paint(jobs, captions, masks, has_instances, mask2img, args):
 
 def choose_captions(jobs, pairs):
     """A caption of each job's source, its captions in turn; pairs: the PairFolder of the sources."""
-    position = {name: i for i, name in enumerate(pairs.names)}
     captions = []
     for source, k in jobs:
-        choices = pairs.captions(position[source])
+        choices = pairs.captions(pairs.positions[source])
         captions.append(choices[k % len(choices)])
     return captions
 

@@ -35,8 +35,8 @@ from torch import nn
 import diffusion
 import unet as networks
 from data.pairs import (CROWD, ROOT, FlagParser, PairFolder, contact_sheet, dataset_name, describe_classes,
-                        find_split, header_size, has_left_or_right, list_pairs, number, outline, palette,
-                        picture_size, run, spread, write_mask, write_picture)
+                        find_split, has_left_or_right, list_pairs, number, outline, palette, picture_size,
+                        run, some_sizes, spread, write_mask, write_picture)
 from diffusion import SAMPLERS, Schedule, seed_of
 from unet import PRESETS, VAE, SDXLText, TextEncoder, UNet
 
@@ -195,8 +195,7 @@ class CaptionedPairs(torch.utils.data.Dataset):
     def cropped_share(self):
         """The share of an average picture's pixels that the crop leaves out, from up to 500 headers."""
         kept = []
-        for i in spread(len(self), 500):
-            width, height = header_size(self.pairs.paths[i])
+        for width, height in some_sizes(self.pairs.paths):
             aspect = width / height * self.size[0] / self.size[1]
             kept.append(min(aspect, 1 / aspect))
         return 1 - float(np.mean(kept))
@@ -534,8 +533,7 @@ def choose_size(args, pairs):
     if args.size:
         return args.size
     paths = [path for _, path in list_pairs(pairs.folder, masks=False)]
-    sizes = [header_size(paths[i]) for i in spread(len(paths), 500)]
-    aspect = float(np.median([width / height for width, height in sizes]))
+    aspect = float(np.median([width / height for width, height in some_sizes(paths)]))
     side, multiple = (768, 64) if args.sdxl else (64, 8)
     height, width = side / aspect ** 0.5, side * aspect ** 0.5
     return tuple(max(1, round(length / multiple)) * multiple for length in (height, width))
@@ -581,18 +579,17 @@ def fit_generator(model, loss, data, args, stage, picture, measure=None, followi
         loop.update(SDXL_LOOP)
         model.enable_checkpointing()
     out = args.out or Path("out") / dataset_name(args.data) / stage
-    _, rank, world = diffusion.setup(args.device)
+    device, rank, world = diffusion.setup(args.device)
     if rank == 0:
-        print(f"{out}: {describe_run(model, data, args, world)}", flush=True)
+        print(f"{out}: {describe_run(model, data, args, device, world)}", flush=True)
     diffusion.fit(model, loss, data, out, picture=picture, measure=measure, settings=settings, **loop)
     if rank == 0:
         print(f"{out}: look at samples.png and log.png. Next: "
               f"{following.format(data=args.data, out=out, init=args.init or 'BASE')}")
 
 
-def describe_run(model, data, args, world):
+def describe_run(model, data, args, device, world):
     """A line for people on what is trained, on what, and how."""
-    device, _, _ = diffusion.setup(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     precision = str(diffusion.precision(device)).removeprefix("torch.")
     everything = sum(p.numel() for p in model.parameters()) / 1e6

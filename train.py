@@ -39,16 +39,15 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data.pairs import (CROWD, ROOT, FlagParser, PairFolder, check_classes, contact_sheet, count_classes,
-                        dataset_name, describe_classes, find_split, header_size, has_left_or_right, number,
-                        outline, palette, picture_size, read_json, run, spread, write_json, write_mask,
-                        write_picture)
+from data.pairs import (CROWD, ROOT, FlagParser, PairFolder, category, check_classes, contact_sheet,
+                        count_classes, dataset_name, describe_classes, find_split, has_left_or_right,
+                        image_id, number, outline, palette, picture_size, read_json, run, some_sizes, spread,
+                        write_json, write_mask, write_picture)
 from diffusion import (RunFolder, accumulate_gradients, load_strict, peak_memory, precision, seed_of, setup,
                        weights_hash, wrap)
 from mask2former import (PRESETS, TASKS, Mask2Former, average_count, final_predictions, load, postprocess,
@@ -107,8 +106,7 @@ def augmentation(recipe, height, width, mirrors=True):
 
 def median_size(pairs):
     """(H, W) of a typical picture: the median of at most 500 of them, by their headers."""
-    sizes = [header_size(pairs.paths[i]) for i in spread(len(pairs), 500)]        # (W, H) each
-    width, height = np.median(sizes, axis=0).round().astype(int).tolist()
+    width, height = np.median(some_sizes(pairs.paths), axis=0).round().astype(int).tolist()
     return height, width
 
 
@@ -580,16 +578,6 @@ class OfficialInstances:
                 for one in self.coco.imgToAnns[i]]
 
 
-def category(classes, k):
-    """The id of class k in the data set it comes from; k itself where there is none."""
-    return classes[k - 1].get("source_id", k)
-
-
-def image_id(name):
-    """COCO's id of an image: the number that its name is, else the name."""
-    return int(name) if name.isascii() and name.isdigit() else name
-
-
 METERS = {
     "semantic": [MeanIoU],
     "panoptic": [PanopticQuality, AveragePrecision, MeanIoU],
@@ -816,7 +804,7 @@ def recipe_table():
 def training_flags(description):
     """A parser with the flags of a training, which bench/compare.py shares."""
     parser = FlagParser(description=description, epilog=recipe_table(),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
     add, positive = parser.add_argument, number(int, 1)
     add("--data", default="shapes", help="name of a data set (data/NAME), or a folder with train/ and val/")
     add("--synth", nargs="*", metavar="DIR", help="synthetic pair folders; without it, for shapes only, "

@@ -615,9 +615,13 @@ class TextEncoder(nn.Module):
 def caption_words(caption):
     """A caption's words in lower case: runs of letters and digits with their accents, single signs, and
     single Chinese, Japanese or Korean characters, between which there are no blanks."""
-    text = unicodedata.normalize("NFC", caption.lower())
-    kinds = "".join(character_kind(c) for c in text)  # as long as the text
-    return [text[match.start():match.end()] for match in re.finditer("a+|!", kinds)]
+    return cut(unicodedata.normalize("NFC", caption.lower()), character_kind, re.compile("a+|!"))
+
+
+def cut(text, kind, pattern):
+    """The pieces of a text whose kinds of characters, kind(c) of each, match a regular expression."""
+    kinds = "".join(kind(c) for c in text)  # as long as the text
+    return [text[match.start():match.end()] for match in pattern.finditer(kinds)]
 
 
 def character_kind(c):
@@ -830,8 +834,7 @@ def split_words(text):
     text = unicodedata.normalize("NFC", text)
     text = re.sub(f"[{SPACES}]+", " ", text)
     text = "".join(c.lower() for c in text)  # one by one: Python lowers a final sigma in another way
-    classes = "".join(character_class(c) for c in text)  # as long as the text
-    return [text[match.start():match.end()] for match in WORDS.finditer(classes)]
+    return cut(text, character_class, WORDS)
 
 
 def byte_characters():

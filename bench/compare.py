@@ -137,8 +137,8 @@ def title(args, cfg, score):
     mix = "synthetic first, then real" if args.pretrain else f"p {args.p_synth}"
     batch = micro_batch(cfg) * args.accumulate * args.world
     seeds = " ".join(map(str, args.seeds))
-    return (f"**{args.protocol}**: {args.data}, {cfg['real']}, {cfg['steps']} steps of {batch}, {mix}, "
-            f"{score}, seeds {seeds}")
+    return (f"**{args.protocol}**: {args.data}, {cfg['real']['pairs']} pairs, {cfg['steps']} steps of "
+            f"{batch}, {mix}, {score}, seeds {seeds}")
 
 
 def table_row(arm, summaries):

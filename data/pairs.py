@@ -219,6 +219,11 @@ def header_size(path):
         return picture.size[::-1] if turned else picture.size
 
 
+def some_sizes(paths, most=500):
+    """(width, height) of up to `most` pictures, evenly apart, by their headers -> list."""
+    return [header_size(paths[i]) for i in spread(len(paths), most)]
+
+
 def to_rgb(picture):
     """A PIL picture of any mode -> upright RGB. PIL's own conversion would clip 16-bit grey to white."""
     picture = ImageOps.exif_transpose(picture)
@@ -302,6 +307,11 @@ class PairFolder:
 
     def __len__(self):
         return len(self.names)
+
+    @functools.cached_property
+    def positions(self):
+        """{name: i}."""
+        return {name: i for i, name in enumerate(self.names)}
 
     def mask_path(self, i):
         return self.folder / "masks" / f"{self.names[i]}.png"
@@ -397,6 +407,16 @@ class PairFolder:
             yield self.folder / "instances" / f"{name}.png"
             yield self.folder / "captions" / f"{name}.txt"
             yield path
+
+
+def category(classes, k):
+    """The id of class k in the data set it comes from; k itself where there is none."""
+    return classes[k - 1].get("source_id", k)
+
+
+def image_id(name):
+    """COCO's id of an image: the number that its name is, else the name."""
+    return int(name) if name.isascii() and name.isdigit() else name
 
 
 def count_classes(pairs, most=500):

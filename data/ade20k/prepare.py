@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.pairs import CROWD, FlagParser, list_partners, number, open_picture, read_ids, read_text, run

@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.pairs import FlagParser, list_partners, picture_size, read_ids, run, write_json

@@ -25,8 +25,8 @@ from pycocotools import mask as rle
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.pairs import (CROWD, FlagParser, list_partners, read_classes, read_ids, read_json, run,
-                        write_picture, write_text)
+from data.pairs import (CROWD, FlagParser, category, image_id, list_partners, read_classes, read_ids,
+                        read_json, run, write_picture, write_text)
 from data.prepare import run_jobs
 
 RESULT_FIELDS = ("category_id", "bbox", "segmentation", "score")
@@ -59,11 +59,6 @@ def list_segments(ids, instances, classes):
         info.append({"id": code, "category_id": category(classes, code % 256), "area": area,
                      "bbox": [int(n) for n in box], "iscrowd": int(code // 256 == CROWD)})
     return codes, info
-
-
-def category(classes, k):
-    """The id of class k in the data set it comes from; k itself where there is none."""
-    return classes[k - 1].get("source_id", k)
 
 
 def list_instances(codes, info, classes):
@@ -107,8 +102,9 @@ def read_results(folder, names):
 
 def image_ids(names):
     """{name: id}: the number that a name is; the names themselves where one is no number, or two are one."""
-    numbers = {int(name) for name in names if name.isascii() and name.isdigit()}
-    return {name: int(name) if len(numbers) == len(names) else name for name in names}
+    ids = {name: image_id(name) for name in names}
+    numbers = {i for i in ids.values() if isinstance(i, int)}
+    return ids if len(numbers) == len(names) else {name: name for name in names}
 
 
 def write_annotations(target, classes, images, exported, results):

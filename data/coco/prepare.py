@@ -23,7 +23,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.pairs import CROWD, FlagParser, link, number, open_picture, read_json, run
