@@ -45,6 +45,7 @@ from tqdm import tqdm
 
 FORMAT = "seggen-1"  # changes when the key layout of our checkpoints changes
 OWN_FILE, PUBLIC_FILE = "model.safetensors", "diffusion_pytorch_model.safetensors"
+ALWAYS = 0.0, math.inf  # the interval of noise levels in which guidance is on
 RUN_FILES = {OWN_FILE, PUBLIC_FILE, "config.json", "best.safetensors", "state.pt", "settings.json",
              "log.jsonl", "log.png", "metrics.json", "samples.png"}  # what trainings leave in their folders
 
@@ -185,20 +186,20 @@ def loss(model, schedule, x0, *cond, min_snr=None):
 
 # ---- sampling ----------------------------------------------------------------------------------------------
 
-def denoiser(model, schedule, cond, uncond=None, guidance=1.0, decode=None, guide_above=0.0):
+def denoiser(model, schedule, cond, uncond=None, guidance=1.0, interval=ALWAYS, decode=None):
     """A conditioned network -> the function denoise(x, sigma) -> x0 that every sampler needs.
 
     cond, uncond  tuples of further arguments of the model, for B samples with and without their condition
     guidance      classifier-free guidance: out = uncond + guidance (cond - uncond); 1 = none
+    interval      guide only while sigma is between these two: in strong noise guidance makes all samples
+                  alike, and at the end, when what a picture shows is settled, it exaggerates (2404.07724)
     decode        turns outputs into x0 where they are neither x0, v nor noise (Text2Mask's logits)
-    guide_above   guide only while sigma is over it: at lower noise what a picture shows is settled, and
-                  guidance would only exaggerate it (2404.07724)
     """
     guided = uncond is not None and guidance != 1
     both = join(uncond, cond) if guided else None  # one batch of 2 B
 
     def denoise(x, sigma):
-        guide = guided and sigma > guide_above
+        guide = guided and interval[0] < sigma <= interval[1]
         x = x / math.sqrt(1 + sigma ** 2)  # the network sees unit variance
         inputs = torch.cat([x, x]) if guide else x
         t = torch.full((len(inputs),), schedule.time_step(sigma), device=x.device)
@@ -753,14 +754,15 @@ def read_header(path):
         return header
 
 
-def read_checkpoint(path, kind):
-    """A checkpoint of the class named `kind` -> (config, state dict in fp32). Raises ValueError."""
+def read_checkpoint(path, *kinds):
+    """A checkpoint of one of the classes named `kinds` -> (config, state dict in fp32). Raises ValueError."""
+    wanted = " or a ".join(kinds)
     with open_checkpoint(path) as (file, header):
         state = {name: file.get_tensor(name) for name in file.keys()}
     if header.get("format") != FORMAT:
-        raise ValueError(f"{path}: its format is {header.get('format')}, not {FORMAT}. Give a {kind} of ours")
-    if header["class"] != kind:
-        raise ValueError(f"{path}: holds a {header['class']}, not a {kind}. Give a {kind}")
+        raise ValueError(f"{path}: its format is {header.get('format')}, not {FORMAT}. Give a {wanted} of ours")
+    if header["class"] not in kinds:
+        raise ValueError(f"{path}: holds a {header['class']}, not a {wanted}. Give another checkpoint")
     if not all(t.isfinite().all() for t in state.values()):
         raise ValueError(f"{path}: some weights are not finite. Train it again with a lower learning rate")
     return header["config"], {k: t.float() if t.is_floating_point() else t for k, t in state.items()}

@@ -18,7 +18,7 @@ from data.pairs import FlagParser, PairFolder, check_classes, dataset_name, find
 from mask2img import Mask2Img
 from masksyn import (choose_captions, describe, find_generators, limit_sources, paint, synthesis_flags,
                      synthesize)
-from text2mask import ResizeCrop
+from text2mask import ResizeCrop, choose_sampling
 
 
 def main(argv=None):
@@ -31,6 +31,7 @@ def main(argv=None):
     pairs = PairFolder(find_split(args.data, args.split), ("ids", "instances"))
     mask2img = diffusion.load(Mask2Img, path, device)
     check_classes(mask2img.config["classes"], pairs.classes, path)
+    choose_sampling(args, mask2img, "mask2img")
 
     def read_mask(source):
         """A human mask at the size of Mask2Img -> class ids and instances, both (H, W) uint8."""

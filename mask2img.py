@@ -9,8 +9,8 @@ Paper:   SegGen (2311.03355) section 3, Mask2Img: SDXL-base frozen + ControlNet 
          steps [N, R].
 Differs: on small data the base is a pixel-space UNet of our own whose ControlNet sees a channel per code
          instead of three colours; --unfreeze trains the base along with the ControlNet; without --init both
-         start from scratch together. Caption and mask are left out together for guidance; on SDXL the caption
-         alone, as in the public pipeline, which shows the mask with and without the caption.
+         start from scratch together. Guidance is about the caption: the mask is shown with and without it, as
+         in the public pipeline.
 Reads:   data/NAME/{train,val,unlabelled} pair folders; --init: a base, or SDXL's public folder.
 Writes:  out/NAME/base, out/NAME/mask2img.
 Needs:   unet.py, diffusion.py, text2mask.py, data/pairs.py.
@@ -33,10 +33,10 @@ import unet as networks
 from data.pairs import (FlagParser, PairFolder, check_classes, contact_sheet, count_classes,
                         describe_classes, find_split, number, outline, palette, read_ids, run, spread,
                         write_picture)
-from diffusion import Schedule, seed_of
-from text2mask import (DROP, SMALL, CaptionedPairs, TextToImage, apply_recipe, choose_size,
-                       drop_captions, find_weights, fit_generator, init_flag, sampling_flags, to_pixels,
-                       training_flags)
+from diffusion import ALWAYS, Schedule, seed_of
+from text2mask import (DROP, SMALL, CaptionedPairs, TextToImage, apply_recipe, choose_sampling, choose_size,
+                       copy_codes, drop_captions, find_weights, fit_generator, init_flag, load_base,
+                       sampling_flags, to_pixels, training_flags)
 from unet import PRESETS, ControlNet, TextEncoder, UNet
 
 SCHEDULE = dict(kind="cosine", prediction="sample", spacing="trailing")
@@ -113,26 +113,23 @@ class Mask2Img(TextToImage):
         return self.unet(x, t, context, pooled, time_ids, residuals)        # (B, C, h, w)
 
     def loss(self, net, batch, drop=DROP, shuffle=False):
-        """The diffusion loss. A share `drop` of the samples loses its mask and caption; on SDXL the caption.
+        """The diffusion loss. A share `drop` of the samples loses its caption.
 
         shuffle gives each sample another one's mask, to measure whether the network heeds masks.
         """
         codes = batch["codes"].roll(1, 0) if shuffle else batch["codes"]  # (B, H, W)
         keep = torch.rand(len(codes), device=codes.device) >= drop
-        tokens, colour_map = drop_captions(batch["tokens"], keep), self.condition(codes)
-        if not self.vae:
-            colour_map = colour_map * keep[:, None, None, None]
+        tokens = drop_captions(batch["tokens"], keep)
         x0 = self.to_latents(batch["image"])
-        return diffusion.loss(net, self.schedule, x0, tokens, batch["time_ids"], colour_map,
+        return diffusion.loss(net, self.schedule, x0, tokens, batch["time_ids"], self.condition(codes),
                               min_snr=None if self.vae else MIN_SNR)
 
-    def sample(self, codes, captions, seeds, steps=15, guidance=1.5, sampler="dpm++"):
-        """(B, H, W) uint8 codes, B captions and seeds -> (B, H, W, 3) uint8 images."""
+    def sample(self, codes, captions, seeds, steps=15, guidance=1.5, sampler="dpm++", interval=ALWAYS):
+        """(B, H, W) uint8 codes, B captions and seeds -> (B, H, W, 3) uint8 images. guidance, interval: as in
+        diffusion.denoiser."""
         codes = torch.from_numpy(np.asarray(codes)).long().to(self.colours.device)
-        colour_map = self.condition(codes)
-        without = colour_map if self.vae else torch.zeros_like(colour_map)
         x0 = self.generate(captions, seeds, steps, guidance, sampler, size=codes.shape[1:],
-                           extra=(colour_map,), extra_uncond=(without,))
+                           extra=(self.condition(codes),), interval=interval)
         return to_pixels(x0)
 
 
@@ -169,6 +166,11 @@ def train_base(args):
                   following="python text2mask.py train --data {data} --init {out}")
 
 
+def layers_of_codes(controlnet):
+    """The convolutions of a small ControlNet that read the mask, a channel per code."""
+    return controlnet.controlnet_cond_embedding.conv_in, controlnet.controlnet_head[0]
+
+
 def new_model(args, classes, device):
     """A new Mask2Img: on SDXL, a small base or another Mask2Img (--init), or all from scratch. The base is
     frozen unless --unfreeze."""
@@ -182,14 +184,20 @@ def new_model(args, classes, device):
             diffusion.load_strict(model.controlnet, state, args.init)
         return model
     base = small_base(args.size)
-    if args.init:
-        kind = diffusion.read_header(args.init).get("class")
-        base = diffusion.load(Mask2Img if kind == "Mask2Img" else TextToImage, args.init)
-        base.requires_grad_(args.unfreeze)
     own = dict(PRESETS["tiny"]["controlnet"], conditioning_channels=len(classes) + 2)
-    controlnet = ControlNet.from_unet(base.unet, **own)
-    if isinstance(base, Mask2Img):
-        diffusion.load_matching(controlnet, base.controlnet.state_dict())
+    if args.init:
+        base = load_base(args.init)
+        base.requires_grad_(args.unfreeze)
+    if args.init and not args.new_controlnet and diffusion.read_header(args.init)["class"] == "Mask2Img":
+        earlier = diffusion.load(Mask2Img, args.init)
+        own["conditioning_embedding_out_channels"] = (
+            earlier.config["controlnet"]["conditioning_embedding_out_channels"])
+        controlnet = ControlNet.from_unet(base.unet, **own)
+        diffusion.load_matching(controlnet, earlier.controlnet.state_dict())
+        for old, new in zip(layers_of_codes(earlier.controlnet), layers_of_codes(controlnet)):
+            copy_codes(old, new, 1, earlier.config["classes"], classes)
+    else:
+        controlnet = ControlNet.from_unet(base.unet, **own)
     return Mask2Img(base.unet, base.text, base.schedule, controlnet, **options)
 
 
@@ -261,6 +269,7 @@ def sample_images(args):
     """Paint --count images of --mask -> OUT/images.png: the mask, then the images."""
     device, _, _ = diffusion.setup(args.device)
     model = diffusion.load(Mask2Img, find_weights("shapes", "mask2img", args.init), device)
+    choose_sampling(args, model, "mask2img")
     classes = model.config["classes"]
     codes = read_ids(args.mask, len(classes))
     if model.config["edges"]:  # as it was trained; what separates instances is not known here
@@ -268,7 +277,8 @@ def sample_images(args):
     seeds = [seed_of(args.seed, k) for k in range(args.count)]
     captions = [args.prompt] * args.count
     masks = np.repeat(codes[None], args.count, 0)
-    images = model.sample(masks, captions, seeds, args.steps, args.guidance, args.sampler)
+    images = model.sample(masks, captions, seeds, args.steps, args.guidance, args.sampler,
+                          args.guidance_interval)
     pictures = [palette(len(classes))[codes], *images]
     sheet = contact_sheet({"": pictures}, ["the mask", *captions], classes)
     write_picture(args.out / "images.png", sheet)
@@ -289,6 +299,8 @@ def main(argv=None):
     init_flag(p, "Mask2Img")
     p.add_argument("--controlnet", type=Path, help="SDXL: a public ControlNet to start from")
     p.add_argument("--edges", action="store_true", help="masks have every segment outlined")
+    p.add_argument("--new-controlnet", action="store_true",
+                   help="of a Mask2Img in --init, take the base alone")
     p.add_argument("--unfreeze", action="store_true", help="train the base as well")
     p.set_defaults(command=train)
     p = commands.add_parser("sample", help="paint images of one mask")
@@ -296,7 +308,7 @@ def main(argv=None):
     p.add_argument("--prompt", default="", help="the caption")
     p.add_argument("--out", type=Path, default=Path("out/sample"), help="folder of the picture")
     p.add_argument("--count", type=number(int, 1), default=4, help="images of the mask")
-    sampling_flags(p, "mask2img", 15, 1.5, "dpm++")
+    sampling_flags(p, "mask2img")
     p.set_defaults(command=sample_images)
     args = parser.parse_args(argv)
     args.command(args)

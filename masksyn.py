@@ -31,9 +31,10 @@ from data.pairs import (FlagParser, PairFolder, check_classes, contact_sheet, da
                         list_files, number, open_picture, outline, palette, read_captions, read_ids,
                         read_json, read_text, remove_temporary, run, spread, write_json, write_pair,
                         write_picture)
-from diffusion import SAMPLERS, seed_of
+from diffusion import seed_of
 from mask2img import Mask2Img
-from text2mask import Text2Mask, find_weights, segments, words_of
+from text2mask import (Text2Mask, choose_sampling, find_weights, region_flag, sampler_flags, segments,
+                       words_of)
 
 
 def split_jobs(sources, per_source, batch, rank, world):
@@ -207,11 +208,7 @@ def synthesis_flags(parser, per_source):
         help="use the first N captions or masks (default: 64 of the built-in data, else all)")
     add(per_source, dest="per_source", metavar="N", type=positive, default=1, help="pairs of each")
     add("--batch", type=positive, default=16, help="pairs at a time")
-    add("--steps", type=positive, default=15, help="sampling steps of an image")
-    add("--guidance", type=number(float, 0), default=1.5,
-        help="guidance of images; 1 = none")
-    add("--sampler", choices=tuple(SAMPLERS), default="dpm++",
-        help="of images; edm evaluates the network twice a step and adds fresh noise")
+    sampler_flags(parser, "mask2img")
     add("--seed", type=int, default=0, help="another seed, other pairs")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ...")
 
@@ -223,12 +220,8 @@ def parse(argv):
     add("--text2mask", type=Path,
         help="trained Text2Mask (default: out/NAME/text2mask, else the shipped one)")
     positive = number(int, 1)
-    add("--mask-steps", type=positive, default=12, help="sampling steps of a mask")
-    add("--mask-sampler", choices=tuple(SAMPLERS), default="edm", help="of masks")
-    add("--mask-guidance", type=number(float, 0), default=2.0,
-        help="guidance of masks; 1 = none")
-    add("--min-region", type=positive, default=8,
-        help="smaller regions of a mask go to their surroundings")
+    sampler_flags(parser, "text2mask", "mask-")
+    region_flag(parser)
     add("--captions", type=Path, metavar="FILE",
         help="pairs of the captions in this file, one a line, in out/FILE/masksyn; no data is needed")
     add("--prompt",
@@ -242,6 +235,8 @@ def load_generators(args, device, need_data=True):
     paths = find_generators(args, ("text2mask", "mask2img"), need_data)
     text2mask = diffusion.load(Text2Mask, paths["text2mask"], device)
     mask2img = diffusion.load(Mask2Img, paths["mask2img"], device)
+    choose_sampling(args, text2mask, "text2mask", "mask_")
+    choose_sampling(args, mask2img, "mask2img")
     first, second = text2mask.config, mask2img.config
     check_classes(second["classes"], first["classes"], paths["mask2img"])
     if second["size"] != first["size"]:
@@ -255,8 +250,8 @@ def make_pairs(jobs, captions, text2mask, mask2img, args):
     classes = text2mask.config["classes"]
     isthing = [c["isthing"] for c in classes]
     seeds = [seed_of(args.seed, *job, "mask") for job in jobs]
-    codes = text2mask.sample(captions, seeds, args.mask_steps, args.mask_guidance,
-                             args.mask_sampler)
+    codes = text2mask.sample(captions, seeds, args.mask_steps, args.mask_guidance, args.mask_sampler,
+                             interval=args.mask_guidance_interval)
     masks = [segments(c, isthing, args.min_region) for c in codes]  # [(ids, instances)]
     return paint(jobs, captions, masks, any(isthing), mask2img, args)
 
@@ -270,7 +265,8 @@ def paint(jobs, captions, masks, has_instances, mask2img, args):
     K = len(mask2img.config["classes"])
     codes = np.stack([outline(*mask, K) if edges else mask[0] for mask in masks])
     seeds = [seed_of(args.seed, *job, "image") for job in jobs]
-    images = mask2img.sample(codes, captions, seeds, args.steps, args.guidance, args.sampler)
+    images = mask2img.sample(codes, captions, seeds, args.steps, args.guidance, args.sampler,
+                             args.guidance_interval)
     pairs = []
     for image, (ids, instances), caption in zip(images, masks, captions):
         instances = instances if has_instances else None

@@ -707,7 +707,7 @@ def test_a_unet_without_text():
     residuals = noisy(nets.ControlNet.from_unet(bare))(x, t, cond=torch.rand(2, 3, 128, 128))
     for other in bare(x, t.flip(0)), bare(x, t, residuals=residuals):
         assert error(other, bare(x, t)) > 1e-3
-    unet, label = noisy(nets.UNet(**nets.PRESETS["tiny"]["unet"] | none)), torch.nn.Embedding(10, 96)
+    unet, label = noisy(nets.UNet(**nets.PRESETS["tiny"]["unet"] | none)), torch.nn.Embedding(10, 128)
     x, y = torch.randn(2, 3, 32, 32), torch.tensor([3, 7])
     prediction = unet(x, t, label(y)[:, None])  # of ten classes, as in the module's docstring
     assert error(unet(x, t, label(y.flip(0))[:, None]), prediction) > 1e-4
@@ -874,9 +874,10 @@ def test_guidance_in_one_batch_equals_two_calls():
     both = denoiser(net, schedule, (arm,), (null,), 3.0)(x, 1.5)
     cond, uncond = (denoiser(net, schedule, (c,))(x, 1.5) for c in (arm, null))
     assert torch.allclose(both, uncond + 3 * (cond - uncond), atol=1e-5)
-    high = denoiser(net, schedule, (arm,), (null,), 3.0, guide_above=1.0)  # unguided from sigma 1 down
-    assert torch.equal(high(x, 1.5), both)
-    assert torch.equal(high(x, 1.0), denoiser(net, schedule, (arm,))(x, 1.0))
+    middle = denoiser(net, schedule, (arm,), (null,), 3.0, interval=(1.0, 2.0))
+    assert torch.equal(middle(x, 1.5), both)
+    for sigma in 1.0, 2.5:  # unguided
+        assert torch.equal(middle(x, sigma), denoiser(net, schedule, (arm,))(x, sigma))
 
 
 # ---- diffusion.py: training --------------------------------------------------------------------------------
@@ -1708,7 +1709,7 @@ def classes(split, *names):
     ((MASK, Image.new("L", (60, 64))), "mask2img sample", f"--mask shapes/{MASK}", "size 60 x 64"),
     (("train/instances/00000.png", Image.new("L", (64, 60))), "text2mask train", "--edges", "64 x 60 pixels"),
     (("train/classes.json", '[{"name": "sky"}]'), "masksyn", "", "13 classes instead of 1"),
-    (("val/classes.json", ("sky", "fog")), "mask2img train", "", "val: class 1 is fog, where sky"),
+    (("val/classes.json", ("sky", "fog")), "mask2img train", "", "val: class 11 is fog, where sky"),
     (None, "masksyn", "--data nowhere", "nowhere: no data set"),
     (None, "imgsyn", "--split test", "test: no such folder. The splits there are: train, val"),
     (None, "mask2img base", "", "unlabelled: no such folder"),
@@ -1855,7 +1856,7 @@ def test_the_public_pipeline_paints_our_image(sdxl, on_sdxl, tmp_path):
     cond = model.condition(torch.randint(0, 5, (1, 48, 48), generator=torch.Generator().manual_seed(0)))
     noise = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(7))
     for guidance in (4.0, 1.0):
-        ours = model.generate(["a red cat"], [7], 8, guidance, "euler", (48, 48), (cond,), (cond,))
+        ours = model.generate(["a red cat"], [7], 8, guidance, "euler", (48, 48), (cond,))
         theirs = pipe("a red cat", image=cond, height=48, width=48, num_inference_steps=8,
                       guidance_scale=guidance, latents=noise, output_type="pt").images
         assert ((ours / 2 + 0.5).clamp(0, 1) - theirs).abs().max() < 1e-3
@@ -1887,7 +1888,7 @@ def test_bf16_as_on_a_gpu(sdxl, world, on_sdxl, tmp_path, monkeypatch):
         model = diffusion.load(Mask2Img, on_sdxl / "m")
         cond = model.condition(torch.arange(48 * 48).reshape(1, 48, 48) % 5)
         generate = functools.partial(
-            model.generate, ["a red cat"], [7], 4, 3.0, "dpm++", (48, 48), (cond,), (cond,))
+            model.generate, ["a red cat"], [7], 4, 3.0, "dpm++", (48, 48), (cond,))
         images.append(generate())
     assert 0 < error(images[1], images[0]) < 0.05
     with monkeypatch.context() as patch:
@@ -4037,36 +4038,69 @@ def test_captions_name_classes_by_words_and_phrases():
     assert masks.named_classes("a picture of class1", numbered) == {"class1"}
 
 
+@pytest.mark.parametrize("caption, things", [
+    ("two red houses, a man in blue and several trees", {"house": (2, "red"), "person": (1, "blue"),
+                                                         "tree": (None, None)}),
+    ("a boat with a white sail on the sea", {"boat": (1, "white")}),
+    ("three boats with orange sails", {"boat": (3, "orange")}),
+    ("the sun and houses in blue", {}), ("a house in a meadow", {"house": (1, None)}),
+    ("a red tree beside a small old house and a tree", {"house": (1, None)})])  # two trees in two phrases
+def test_numbers_and_colours_of_a_caption(caption, things):
+    words = {"house": ["house", "houses"], "person": ["man"], "tree": ["tree", "trees"], "sun": ["sun"],
+             "boat": ["boat", "boats"]}
+    assert masks.described_things(caption, words) == things
+
+
 def test_the_figures_of_a_mask_counted_by_hand():
-    classes = [{"name": name, "isthing": False} for name in ("sky", "hill", "car", "pole")]
-    codes = np.full((10, 20), 1, np.uint8)
-    codes[5:], codes[7:, 12:] = 2, 4
-    codes[0, :7] = 3  # a speck, cleaned away
-    colours = encode(codes, 4).astype(float)
-    colours[8:, :5] += 13                                   # in three channels: 22.5 grey levels
-    colours[6:8, :5] += 11                                  # 19.1
-    real = np.where(np.eye(10, 20), 3, 1).astype(np.uint8)  # ten specks of a pixel
+    classes = [{"name": name, "isthing": name in ("car", "pole")} for name in ("sky", "hill", "car", "pole")]
+    ids = np.full((10, 20), 1, np.uint8)
+    ids[5:], ids[7:, 12:], ids[0, :7] = 2, 4, 3  # a speck of a car
+    instances = np.where(ids == 4, 1, 0) + np.where(ids == 3, 2, 0)
     words = {"sky": ["sky"], "hill": ["hill"], "car": ["car", "cars"], "pole": []}
-    for caption, named, painted, hits in (
-            ("A car.", 1, 1, 0), ("sky, hill", 2, 2, 2), ("cars on a hill", 2, 1, 1)):
-        assert masks.judge(codes, colours, real, caption, classes, words) == pytest.approx(dict(
-            off_colour=10 / 200, specks_sampled=7 / 200, specks_cleaned=0, specks_real=10 / 200,
-            named=named, painted=painted, hits=hits))
+    for caption, recall, things, stuff, precision, number in (
+            ("A car.", (1, 1), (1, 1), (0, 0), (1, 2), (1, 1)),
+            ("sky, hill", (2, 2), (0, 0), (2, 2), (2, 3), (0, 0)),
+            ("two cars on a hill", (2, 2), (1, 1), (1, 1), (2, 2), (0, 1))):
+        assert masks.judge(ids, instances, caption, classes, words) == dict(
+            specks=(7, 200), recall=recall, recall_things=things, recall_stuff=stuff, precision=precision,
+            number=number)
+    assert masks.judge(ids, instances, "A car.", classes, words, complete=False)["precision"] == (1, 0)
+    colour_map = encode(ids, 4).astype(float)
+    colour_map[8:, :5] += 13   # in three channels: 22.5 grey levels
+    colour_map[6:8, :5] += 11  # 19.1
+    assert masks.off_colour_pixels(colour_map, palette(4)) == 10
+    assert masks.summarise([dict(recall=(1, 2)), dict(recall=(2, 2))])["recall"] == 75
 
 
 def test_real_masks_obey_their_captions(world):
-    pairs = PairFolder(world / "val", ("ids",))
+    pairs = PairFolder(world / "val", ("image", "ids"))
     codes = np.stack([pairs.read(i)["ids"] for i in range(4)])
     parts = iter((codes[:3], codes[3:]))
 
-    def sample_masks(*_, maps):
+    def sample_masks(*_, **__):
         codes = next(parts)
         return codes, palette(len(pairs.classes))[codes] * 1.0
     model = SimpleNamespace(sample=sample_masks)
-    args = SimpleNamespace(batch=3, seed=0, steps=1, guidance=1.0, sampler="edm")
-    figures = masks.measure(model, pairs, args)
-    assert figures["specks_sampled"] == figures["specks_real"] and figures["off_colour"] == 0
-    assert figures["recall"] == figures["precision"] == 100 and figures["captions"] == 4
+    args = SimpleNamespace(batch=3, seed=0, steps=1, guidance=1.0, guidance_interval=(0, 9), sampler="edm")
+    words, complete = masks.class_words(pairs)
+    figures = masks.summarise(masks.judge_samples(model, pairs, words, complete, args)[0])
+    assert figures["off_colour"] == 0 and figures["recall"] == figures["precision"] == 100
+    assert figures["recall_things"] == figures["recall_stuff"] == 100 and figures["number"] > 70
+
+
+def test_colours_of_things_are_told_from_real_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "SPLITS", {"train": 200, "val": 20, "unseen": 0})
+    shapes.prepare(tmp_path, processes=2)
+    train, val = (PairFolder(tmp_path / split, ("image", "ids")) for split in ("train", "val"))
+    words, _ = masks.class_words(val)
+    colours = masks.ColourCheck(train, words)
+
+    def share(swap):  # with swap, images of each other
+        rows = [colours.count(val.read(i ^ swap)["image"], val.read(i)["ids"], val.captions(i)[0], words)
+                for i in range(len(val))]
+        return np.sum(rows, 0)
+    (right, count), (wrong, _) = share(0), share(1)
+    assert count > 15 and right >= 0.9 * count and wrong < 0.7 * count
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -4076,12 +4110,22 @@ def test_masks_of_the_shipped_weights(world, tmp_path, capsys, complete):
         (data / "val/words.json").unlink()
     masks.main(["--data", str(data), "--json", str(tmp_path / "m.json"), "--limit", "4", "--steps", "3"])
     figures = json.loads((tmp_path / "m.json").read_text())
-    title, *lines = capsys.readouterr().out.splitlines()
-    assert title == f"4 captions of {data / 'val'}" and len(lines) == len(figures) - 1
-    for (key, value), line in zip(figures.items(), lines):
-        printed = line.removeprefix(key.replace("_", " ")).split()[0]
-        assert printed == "unknown" if value is None else float(printed) == pytest.approx(value, abs=5e-4)
-    assert (figures["precision"] is None) == (not complete) and figures["recall"] > 50
+    title, _, *lines = capsys.readouterr().out.splitlines()
+    assert title.startswith(f"4 masks of captions of {data / 'val'}") and len(lines) == len(masks.FIGURES)
+    for key, line in zip(masks.FIGURES, lines):
+        printed = line.removeprefix(key.replace("_", " ")).split()[:2]
+        for text, column in zip(printed, ("sampled", "real")):
+            value = figures[column][key]
+            assert text == "unknown" if value is None else float(text) == pytest.approx(value, abs=5e-4)
+    assert (figures["sampled"]["precision"] is None) == (not complete) and figures["sampled"]["recall"] > 50
+
+
+def test_pairs_are_judged_beside_real_ones(world, tmp_path):
+    flags = "--data", world, "--pairs", world / "val", "--json", tmp_path / "m.json"
+    call(masks, *flags)
+    figures = P.read_json(tmp_path / "m.json")
+    assert figures["sampled"] == figures["real"] and figures["real"]["colour"] is not None
+    assert figures["real"]["recall"] == 100 and figures["real"]["off_colour"] is None
 
 
 @pytest.mark.parametrize("file, content, line", [
@@ -4089,7 +4133,7 @@ def test_masks_of_the_shipped_weights(world, tmp_path, capsys, complete):
     ("words.json", '{"sky": 5}', "words.json: not a list of words a class"),
     ("words.json", '{"sky": [5]}', "words.json: not a list of words a class"),
     ("words.json", "{", "words.json: not a JSON file"),
-    ("classes.json", '[{"name": "sky"}]', "classes.json: class 2 is missing")])
+    ("classes.json", '[{"name": "person"}]', "classes.json: class 2 is missing")])
 def test_mistakes_end_masks_in_one_line(world, tmp_path, file, content, line):
     data = shutil.copytree(world, tmp_path / "shapes")
     (data / "val" / file).write_text(content)

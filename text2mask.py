@@ -37,13 +37,18 @@ import unet as networks
 from data.pairs import (CROWD, ROOT, FlagParser, PairFolder, contact_sheet, dataset_name, describe_classes,
                         find_split, has_left_or_right, list_pairs, number, outline, palette, picture_size,
                         run, some_sizes, spread, write_mask, write_picture)
-from diffusion import SAMPLERS, Schedule, seed_of
+from diffusion import ALWAYS, SAMPLERS, Schedule, seed_of
 from unet import PRESETS, VAE, SDXLText, TextEncoder, UNet
 
 DROP = 0.1  # share of captions left out in training, for classifier-free guidance
 # Defaults of the training commands: those of SDXL where --init is its folder; batch and EMA are ours [?].
 SMALL = dict(steps=5000, batch=16, lr=2e-3, workers=0, save_every=500)
 SDXL = dict(steps=30_000, batch=4, lr=1e-5, workers=4, save_every=2500)
+# Defaults of sampling, of the small models and on SDXL. The paper takes 200 steps of EDM's sampler for masks and
+# 40 for images [N]; the rest is ours [?].
+STEPS = {"text2mask": (12, 25), "mask2img": (15, 40)}
+GUIDANCE = {"text2mask": (1.0, 2.0), "mask2img": (1.5, 5.0)}
+MIN_REGION = (8, 50)  # pixels; of the ghosts that the VAE's blur leaves between classes, 50 removes most
 SDXL_LOOP = dict(warmup=500, decay="constant", ema=0.9999)
 
 
@@ -340,12 +345,11 @@ class TextToImage(nn.Module):
         return diffusion.autocast(weight.device)
 
     @torch.no_grad()
-    def generate(self, captions, seeds, steps, guidance, sampler, size=None, extra=(), extra_uncond=(),
-                 decode=None, guide_above=0.0):
+    def generate(self, captions, seeds, steps, guidance, sampler, size=None, extra=(), interval=ALWAYS,
+                 decode=None):
         """B captions and seeds -> x0 (B, 3, H, W). A sample depends on its own caption and seed alone.
 
-        extra, extra_uncond: further arguments of forward, with and without their condition; decode,
-        guide_above: as in diffusion.denoiser.
+        extra: further arguments of forward; interval, decode: as in diffusion.denoiser.
         """
         device = next(self.parameters()).device
         size = tuple(size or self.config["size"])
@@ -361,11 +365,19 @@ class TextToImage(nn.Module):
             time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=device)
             time_ids = time_ids.expand(len(captions), -1)  # (B, 6)
             cond = self.encode_text(captions, device), time_ids, *extra
-            uncond = self.encode_text([""] * len(captions), device), time_ids, *extra_uncond
-            denoise = diffusion.denoiser(self, self.schedule, cond, uncond, guidance, decode,
-                                         guide_above)
+            uncond = self.encode_text([""] * len(captions), device), time_ids, *extra
+            denoise = diffusion.denoiser(self, self.schedule, cond, uncond, guidance, interval, decode)
             z = diffusion.sample(denoise, self.schedule, randn(), steps, sampler, randn)
             return self.from_latents(z)
+
+
+def load_base(path):
+    """The TextToImage of a checkpoint: of a base, or of a Mask2Img, which holds the base that it stands on."""
+    config, state = diffusion.read_checkpoint(path, "TextToImage", "Mask2Img")
+    model = TextToImage.from_config({key: config[key] for key in ("unet", "text", "schedule", "size")})
+    state = {key: value for key, value in state.items() if not key.startswith("controlnet.")}
+    diffusion.load_strict(model, state, path)
+    return model
 
 
 def drop_captions(tokens, keep):
@@ -394,10 +406,12 @@ class Text2Mask(TextToImage):
 
     @classmethod
     def from_base(cls, base, size, classes, edges=False):
-        """On a small base, or a Text2Mask of other classes: its weights, except the last convolution, which
-        gives a logit per code."""
+        """On a small base, or a Text2Mask of other classes: its weights, except those of the last convolution,
+        which gives a logit per code. Of these a Text2Mask gives the codes that both know."""
         unet = UNet(**dict(base.unet.config, out_channels=len(classes) + 2))
         diffusion.load_matching(unet, base.unet.state_dict())
+        if isinstance(base, Text2Mask):
+            copy_codes(base.unet.head[-1], unet.head[-1], 0, base.config["classes"], classes)
         return cls(unet, base.text, base.schedule, size, classes, edges)
 
     @property
@@ -433,14 +447,15 @@ class Text2Mask(TextToImage):
         """(B, K + 2, H, W) logits -> the expected colour map (B, 3, H, W) in [-1, 1]: x0 in pixel space."""
         return torch.einsum("bkhw,kc->bchw", logits.softmax(1), self.colours)
 
-    def sample(self, captions, seeds, steps=12, guidance=2.0, sampler="edm", size=None, maps=False):
+    def sample(self, captions, seeds, steps=12, guidance=1.0, sampler="dpm++", size=None, maps=False,
+               interval=ALWAYS):
         """B captions and seeds -> (B, H, W) uint8 codes; with maps also the colour maps (B, H, W, 3) in
-        [0, 255] that they are read from.
+        [0, 255] that they are read from. guidance, interval: as in diffusion.denoiser.
 
         A code is the likeliest colour of the last step; with SDXL, the colour nearest to the picture's.
         """
         if self.vae:
-            x0 = self.generate(captions, seeds, steps, guidance, sampler, size)
+            x0 = self.generate(captions, seeds, steps, guidance, sampler, size, interval=interval)
             K = len(self.config["classes"])
             codes = np.stack([decode(colours, K) for colours in to_pixels(x0)])
         else:
@@ -450,12 +465,26 @@ class Text2Mask(TextToImage):
                 nonlocal last
                 last = logits  # (B, K + 2, H, W)
                 return self.expected_colours(logits)
-            # Guidance at lower noise would make flat shapes swell and merge.
-            x0 = self.generate(captions, seeds, steps, guidance, sampler, size,
-                               decode=decode_logits, guide_above=5.0)
+            x0 = self.generate(captions, seeds, steps, guidance, sampler, size, interval=interval,
+                               decode=decode_logits)
             codes = last.argmax(1).to(torch.uint8).cpu().numpy()
         colour_maps = (x0.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5
         return (codes, colour_maps) if maps else codes
+
+
+@torch.no_grad()
+def copy_codes(old, new, dim, old_classes, new_classes):
+    """Copy a convolution's channels of void, of the edge and of the classes that have the same name in both.
+
+    dim: that of the codes in the weights; 0: the convolution gives them, 1: it reads them.
+    """
+    old_codes, new_codes = ([0, *(c["name"] for c in classes), 1] for classes in (old_classes, new_classes))
+    for k, code in enumerate(new_codes):
+        if code in old_codes:
+            source = old_codes.index(code)
+            new.weight.select(dim, k).copy_(old.weight.select(dim, source))
+            if dim == 0:
+                new.bias[k] = old.bias[source]
 
 
 def count_codes(data, codes, most=500):
@@ -548,15 +577,43 @@ def find_weights(data, stage, given=None):
     return shipped if shipped.is_dir() and not diffusion.checkpoint_file(trained).exists() else trained
 
 
-def sampling_flags(parser, stage, steps, guidance, sampler):
-    """The flags of sampling from a trained Text2Mask or Mask2Img."""
+def sampler_flags(parser, stage, prefix=""):
+    """How a Text2Mask or Mask2Img (stage) is sampled. `choose_sampling` sets what is not given."""
+    add, what = parser.add_argument, {"text2mask": "a mask", "mask2img": "an image"}[stage]
+
+    def default(values):
+        return "(default: {}; on SDXL {})".format(*values[stage])
+    add(f"--{prefix}steps", type=number(int, 1), help=f"sampling steps of {what} {default(STEPS)}")
+    add(f"--{prefix}guidance", type=number(float, 0),
+        help=f"classifier-free guidance of {what}; 1 = none {default(GUIDANCE)}")
+    add(f"--{prefix}guidance-interval", type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"),
+        help="guide only at noise levels (sigma) between these (default: all: 0 to 80; on SDXL 0 to 14.6)")
+    add(f"--{prefix}sampler", choices=tuple(SAMPLERS), default="dpm++",
+        help="edm evaluates the network twice a step and adds fresh noise")
+
+
+def choose_sampling(args, model, stage, prefix=""):
+    """Set the flags of `sampler_flags` that were not given to the defaults of the model: small, or on SDXL."""
+    on_sdxl = model.vae is not None
+    defaults = {f"{prefix}steps": STEPS[stage][on_sdxl], f"{prefix}guidance": GUIDANCE[stage][on_sdxl],
+                f"{prefix}guidance_interval": ALWAYS}
+    if stage == "text2mask":
+        defaults["min_region"] = MIN_REGION[on_sdxl]
+    for key, value in defaults.items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+
+
+def region_flag(parser):
+    parser.add_argument("--min-region", type=number(int, 1), help="smaller regions of a mask, in pixels, go to "
+                        "their surroundings (default: {}; on SDXL {})".format(*MIN_REGION))
+
+
+def sampling_flags(parser, stage):
+    """The flags of sampling from a trained Text2Mask or Mask2Img alone."""
     add = parser.add_argument
     add("--init", type=Path, help=f"trained model (default: out/shapes/{stage}, else the shipped one)")
-    add("--steps", type=number(int, 1), default=steps, help="sampling steps")
-    add("--guidance", type=number(float, 0), default=guidance,
-        help="classifier-free guidance; 1 = none")
-    add("--sampler", choices=tuple(SAMPLERS), default=sampler,
-        help="edm evaluates the network twice a step and adds fresh noise")
+    sampler_flags(parser, stage)
     add("--seed", type=int, default=0, help="another seed, other samples")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ...")
 
@@ -567,7 +624,7 @@ def fit_generator(model, loss, data, args, stage, picture, measure=None, followi
     following: the command that comes next, for the last line.
     """
     # Settings that a resumed run must share, in addition to diffusion.fit's own.
-    keys = ("data", "split", "init", "limit", "unfreeze", "controlnet")
+    keys = ("data", "split", "init", "limit", "unfreeze", "controlnet", "new_controlnet")
     settings = {key: str(getattr(args, key)) for key in keys if hasattr(args, key)}
     settings["pairs"] = data.pairs.fingerprint()
     if args.init and args.init != args.sdxl:  # SDXL's folder does not change: its name is enough
@@ -611,8 +668,8 @@ def new_model(args, classes, device):
             diffusion.load_strict(model.unet, state, args.init)
         return model
     if args.init:
-        kind = diffusion.read_header(args.init).get("class")
-        base = diffusion.load(Text2Mask if kind == "Text2Mask" else TextToImage, args.init)
+        again = diffusion.read_header(args.init).get("class") == "Text2Mask"
+        base = diffusion.load(Text2Mask, args.init) if again else load_base(args.init)
         return Text2Mask.from_base(base, **options)
     config = dict(PRESETS["tiny"], schedule=dict(kind="cosine", prediction="sample", spacing="trailing"))
     unet = UNet(**dict(config["unet"], out_channels=len(classes) + 2))
@@ -651,9 +708,10 @@ def sample_mask(args):
     """Paint the mask of one caption -> OUT/{mask,colours,legend}.png."""
     device, _, _ = diffusion.setup(args.device)
     model = diffusion.load(Text2Mask, find_weights("shapes", "text2mask", args.init), device)
+    choose_sampling(args, model, "text2mask")
     classes = model.config["classes"]
     codes = model.sample([args.prompt], [seed_of(args.seed)], args.steps, args.guidance, args.sampler,
-                         args.size)
+                         args.size, interval=args.guidance_interval)
     isthing = [c["isthing"] for c in classes]
     ids, instances = segments(codes[0], isthing, args.min_region)
     colours = encode(ids, len(classes))
@@ -678,9 +736,8 @@ def main(argv=None):
     p.add_argument("--prompt", required=True, help="the caption")
     p.add_argument("--out", type=Path, default=Path("out/sample"), help="folder of the pictures")
     p.add_argument("--size", type=picture_size, help="64 or 96x72 (default: the size of training)")
-    p.add_argument("--min-region", type=number(int, 1), default=8,
-                   help="smaller regions go to their surroundings")
-    sampling_flags(p, "text2mask", 12, 2.0, "edm")
+    region_flag(p)
+    sampling_flags(p, "text2mask")
     p.set_defaults(command=sample_mask)
     args = parser.parse_args(argv)
     args.command(args)

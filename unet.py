@@ -21,7 +21,7 @@ Attribute names are the key names of the public checkpoints: official weights lo
 classes with other arguments: see PRESETS. A context need not be text. A model of ten classes is three lines:
 
     unet = UNet(**PRESETS["tiny"]["unet"] | dict(projection_class_embeddings_input_dim=None))
-    label = nn.Embedding(10, 96)
+    label = nn.Embedding(10, 128)
     prediction = unet(x, t, label(y)[:, None])          # x (B, 3, H, W), t (B,), y (B,) -> (B, 3, H, W)
 
 Paper: SDXL (2307.01952), ControlNet (2302.05543), CLIP (2103.00020); SegGen (2311.03355) fine-tunes SDXL.
@@ -52,15 +52,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 PRESETS = {
-    "tiny": {       # 64 x 64 pixels: 16 x 16 patches at width 64, then 8 x 8 at width 80 with the caption
-        "unet": dict(in_channels=3, out_channels=3, block_out_channels=(64, 80), layers_per_block=1,
+    "tiny": {       # 64 x 64 pixels: 16 x 16 patches at width 96, then 8 x 8 at width 128 with the caption
+        "unet": dict(in_channels=3, out_channels=3, block_out_channels=(96, 128), layers_per_block=1,
                      down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                     transformer_layers_per_block=(0, 1), attention_head_dim=(2, 4),
-                     cross_attention_dim=96, addition_time_embed_dim=16,
-                     projection_class_embeddings_input_dim=96 + 6 * 16, norm_num_groups=16,
-                     patch_size=4, head_channels=24),
-        "controlnet": dict(conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 64)),
-        "text": dict(width=96, layers=2, heads=4, length=48, rows=512),
+                     transformer_layers_per_block=(0, 2), attention_head_dim=(3, 4),
+                     cross_attention_dim=128, addition_time_embed_dim=16,
+                     projection_class_embeddings_input_dim=128 + 6 * 16, norm_num_groups=16,
+                     patch_size=4, head_channels=32),
+        "controlnet": dict(conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 96)),
+        "text": dict(width=128, layers=2, heads=4, length=48, rows=512),
     },
     "sdxl": {       # the arguments' defaults are SDXL's
         "unet": {}, "controlnet": {}, "vae": {}, "text_encoder": {},

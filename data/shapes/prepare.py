@@ -24,12 +24,14 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.pairs import (FlagParser, list_files, number, open_picture, remove_temporary, run, to_rgb,
-                        unfinished, write_json, write_pair, write_text)
+from data.pairs import (FlagParser, check_classes, list_files, number, open_picture, read_classes,
+                        remove_temporary, run, to_rgb, unfinished, write_json, write_pair, write_text)
 from data.prepare import join_words, run_jobs, with_article
 
-CLASSES = ["sky", "hill", "grass", "water", "sand", "road",
-           "sun", "cloud", "house", "tree", "boat", "ball", "person"]
+# In the order in which the palette's colours suit them: blue water, maroon houses, purple hills, a red sun, green
+# trees, azure sky, olive grass, grey roads. No colour is left for skin or sand.
+CLASSES = ["person", "water", "house", "hill", "ball", "sun", "sand", "boat", "tree", "cloud", "sky", "grass",
+           "road"]
 ID = {name: k for k, name in enumerate(CLASSES, 1)}
 THINGS = {"sun", "cloud", "house", "tree", "boat", "ball", "person"}
 WORDS = {       # what a caption may call each class
@@ -901,6 +903,9 @@ def missing_scenes(out, split, count, size, seed):
     if split == "train" and len(names) > count:
         raise ValueError(f"{folder}: {len(names)} scenes, more than {count}. Remove it or choose another")
     if "00000" in names:
+        if split != "unlabelled":
+            check_classes(read_classes(folder), [{"name": name} for name in CLASSES], folder,
+                          "Remove the folder or choose another")
         check_world(names["00000"], split_scene(split, 0, size, seed)["image"])
     return [(split, i) for i in range(count) if f"{i:05d}" not in names]
 
