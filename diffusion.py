@@ -45,9 +45,11 @@ from tqdm import tqdm
 
 FORMAT = "seggen-1"  # changes when the key layout of our checkpoints changes
 OWN_FILE, PUBLIC_FILE = "model.safetensors", "diffusion_pytorch_model.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the public name of a LoRA's weights
 ALWAYS = 0.0, math.inf  # the interval of noise levels in which guidance is on
-RUN_FILES = {OWN_FILE, PUBLIC_FILE, "config.json", "best.safetensors", "state.pt", "settings.json",
-             "log.jsonl", "log.png", "metrics.json", "samples.png"}  # what trainings leave in their folders
+# What trainings leave in their folders
+RUN_FILES = {OWN_FILE, PUBLIC_FILE, LORA_FILE, "config.json", "best.safetensors", "state.pt", "settings.json",
+             "log.jsonl", "log.png", "metrics.json", "samples.png"}
 
 
 # ---- the process -------------------------------------------------------------------------------------------
@@ -699,16 +701,19 @@ def save(model, folder):
     """Write FOLDER/model.safetensors: the weights, and the model's config as JSON in the file's metadata.
 
     A model on a public base names in `checkpoint_part` the one network that was trained: then only that is
-    written, with its config.json, under public names, so that `from_pretrained(FOLDER)` opens it.
+    written, with its config.json, under public names, so that `from_pretrained(FOLDER)` opens it. A part
+    without a `public_config` is a LoRA: `load_lora_weights(FOLDER)` opens its one file.
     """
     folder, part = Path(folder), getattr(model, "checkpoint_part", None)
     state = {name: t.detach().cpu().contiguous() for name, t in (part or model).state_dict().items()}
     config = getattr(model, "config", {})
     metadata = json.dumps({"format": FORMAT, "class": type(model).__name__, "config": config})
-    if part:
+    name = LORA_FILE if part else OWN_FILE
+    if hasattr(part, "public_config"):
+        name = PUBLIC_FILE
         with atomic_write(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(part.public_config(), indent=1) + "\n")
-    with atomic_write(folder / (PUBLIC_FILE if part else OWN_FILE)) as temporary:
+    with atomic_write(folder / name) as temporary:
         try:
             save_file(state, temporary, metadata={"seggen": metadata})
         except SafetensorError as error:  # a full disk, for one
@@ -719,11 +724,12 @@ def save(model, folder):
 
 
 def checkpoint_file(path):
-    """A checkpoint's folder -> the file of its weights: of all the model, or of one public network."""
-    own, public = Path(path) / OWN_FILE, Path(path) / PUBLIC_FILE
-    if not Path(path).is_dir():
-        return Path(path)
-    return public if public.exists() and not own.exists() else own
+    """A checkpoint's folder -> the file of its weights: of all the model, of one public network or a LoRA."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    files = [path / name for name in (OWN_FILE, PUBLIC_FILE, LORA_FILE)]
+    return next((file for file in files if file.exists()), files[0])
 
 
 def weights_hash(path):

@@ -649,6 +649,25 @@ def test_a_controlnet_adds_nothing_at_first_but_learns_and_checkpointing_runs_bl
     assert error(average(*data), plain) > 1e-4 and torch.equal(unet(*data), plain)
 
 
+def test_low_rank_matrices_add_nothing_at_first_and_alone_learn():
+    unet, _, text = tiny()
+    data, merged = tiny_inputs(text, ["a red ball", "two cats"]), copy.deepcopy(unet)
+    output = nets.add_lora(unet, 3)(*data)
+    assert torch.equal(output, merged(*data))
+    output.square().mean().backward()
+    learned = {name: p for name, p in unet.named_parameters() if p.grad is not None}
+    weights = merged.state_dict()
+    for name, weight in weights.items():
+        if re.search(r"\.attn[12]\.to_(q|k|v|out\.0)\.weight$", name):
+            A, B = (learned.pop(name.replace("weight", f"lora_{matrix}.weight")) for matrix in "AB")
+            assert A.shape == (3, weight.shape[1]) and B.shape == (weight.shape[0], 3)
+            assert A.any() and not B.any() and B.grad.any()
+            assert not A.grad.any()  # while B is zero
+            weight += torch.nn.init.normal_(B.data) @ A.data
+    assert not learned and unet.state_dict().keys() > weights.keys()
+    assert error(unet(*data), merged(*data)) < 1e-5 < error(unet(*data), output)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @torch.no_grad()
 def test_batched_equals_single_and_every_input_matters(full_fp32, device):
@@ -1254,7 +1273,7 @@ assert_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 def small_model(module, classes, size=(16, 16)):
     """What text2mask.py or mask2img.py trains from scratch, with random weights."""
     torch.manual_seed(0)
-    args = SimpleNamespace(size=size, edges=False, init=None, sdxl=False)
+    args = SimpleNamespace(size=size, edges=False, init=None, sdxl=False, rank=None)
     return module.new_model(args, classes, "cpu")
 
 
@@ -1286,6 +1305,17 @@ def test_the_weighted_loss_is_least_at_the_true_shares():
         loss = model.loss(lambda *_: logits.view(1, 5, 1, 1).expand(1, 5, 16, 16), batch, drop=0.0)
         return torch.autograd.grad(loss, logits)[0].abs().max()
     assert slope(counts / 256) < 1e-6 < slope(torch.tensor([0, 0.5, 0.3, 0.2, 0]))
+
+
+def test_a_low_rank_is_trained_with_what_reads_and_writes_colours():
+    classes = [dict(name="a", isthing=False)]
+    model = Text2Mask.from_base(diffusion.load(TextToImage, SHIPPED / "base"), (16, 16), classes, rank=2)
+    codes = torch.randint(0, 3, (2, 16, 16))
+    batch = dict(codes=codes, tokens=model.text.tokenize(["a", "b c"]), time_ids=torch.zeros(2, 6))
+    model.loss(model, batch).backward()
+    for name, p in model.named_parameters():
+        learns = ".lora_" in name or name.startswith(("unet.conv_in.", "unet.head.", "unet.head_time."))
+        assert (p.grad is not None) == learns, name
 
 
 @pytest.mark.parametrize("cls, name", [
@@ -1338,17 +1368,26 @@ def synthesis(module, data, models, *more):
     return module, "--data", data, "--mask2img", models / "m", *flags, *more
 
 
-def test_generators_train_and_feed_both_syntheses(world, tmp_path):
+@pytest.mark.parametrize("rank", [(), ("--rank", 2)])
+def test_generators_train_and_feed_both_syntheses(world, tmp_path, rank):
     """base -> text2mask, mask2img -> masksyn, imgsyn, at a size that is no square."""
     flags = "--data", world, "--size", "32x16", "--steps", 2, "--batch", 2, "--limit", 4, "--device", "cpu"
     script = [sys.executable, REPO / "mask2img.py", "base", "--split", "train", *flags]  # as a user calls it
     subprocess.run(list(map(str, script)), cwd=tmp_path, check=True)
     base = tmp_path / "out" / world.name / "base"
-    call(text2mask, "train", "--init", base, "--out", tmp_path / "t", "--edges", *flags)
+    call(text2mask, "train", "--init", base, "--out", tmp_path / "t", "--edges", *flags, *rank)
     call(mask2img, "train", "--init", base, "--out", tmp_path / "m", "--edges", *flags)
+    if rank:
+        line = mistake(text2mask, "train", "--init", tmp_path / "t", "--out", tmp_path / "again", *flags)
+        assert line == f"{tmp_path / 't'}: was trained with --rank. Give the base that it was trained on"
     after = diffusion.load(Mask2Img, tmp_path / "m").state_dict()
+    masks = diffusion.load(Text2Mask, tmp_path / "t").state_dict()
     for name, p in diffusion.load(TextToImage, base).state_dict().items():
         assert torch.equal(p, after[name])  # the base stayed frozen
+        learns = not rank or name.startswith(("unet.conv_in.", "unet.head"))
+        assert learns or torch.equal(p, masks[name])
+    added = [p.any().item() for name, p in masks.items() if ".lora_B." in name]
+    assert all(added) and bool(added) == bool(rank)
     assert np.isfinite(P.read_json(tmp_path / "m" / "log.jsonl")["condition_gap"])
     for module, more in ((masksyn, ()), (imgsyn, ("--per-mask", 2))):
         out = tmp_path / module.__name__
@@ -1505,7 +1544,7 @@ def test_training_on_other_classes_begins_with_all_weights_that_fit(tmp_path, mo
     cls = dict(text2mask=Text2Mask, mask2img=Mask2Img)[module.__name__]
     old = diffusion.load(cls, SHIPPED / module.__name__).state_dict()
     args = SimpleNamespace(init=SHIPPED / module.__name__, sdxl=None, size=(32, 48), edges=False,
-                           unfreeze=False, controlnet=None)
+                           unfreeze=False, controlnet=None, rank=None)
     classes = [dict(name=f"class{k}", isthing=False) for k in range(count)]
     new = module.new_model(args, classes, torch.device("cpu")).state_dict()
     assert {key for key, value in new.items() if not torch.equal(value, old[key])} == (
@@ -1516,7 +1555,8 @@ def test_training_on_other_classes_begins_with_all_weights_that_fit(tmp_path, mo
 def test_models_on_sdxl_begin_with_their_own_weights(sdxl, on_sdxl, world, tmp_path):
     for module, name, part in ((text2mask, "t", "unet"), (mask2img, "m", "controlnet")):
         args = SimpleNamespace(init=on_sdxl / name, recipe=text2mask.SMALL, size=(48, 48), edges=False,
-                               controlnet=None, unfreeze=False, **dict.fromkeys(text2mask.SDXL))
+                               controlnet=None, unfreeze=False, rank=None,
+                               **dict.fromkeys(text2mask.SDXL))
         text2mask.apply_recipe(args)
         assert args.lr == 1e-5  # SDXL's recipe
         model = module.new_model(args, P.read_classes(world / "train")[:4], torch.device("cpu"))
@@ -1574,6 +1614,8 @@ def train_and_save_often(argv):
 # name -> the arguments of `call`, given a function that finds fixtures by name; --out is left out.
 COMMANDS = {
     "text2mask": lambda find: (text2mask, "train", "--data", find("world"), *TRAIN),
+    "rank": lambda find: (
+        text2mask, "train", "--data", find("world"), "--init", SHIPPED / "base", "--rank", 2, *TRAIN),
     "mask2img": lambda find: (mask2img, "train", "--data", find("world"), *TRAIN),
     "masksyn": lambda find: synthesis(masksyn, find("world"), find("untrained"), "--limit", 12, "--batch", 1),
     "imgsyn": lambda find: synthesis(imgsyn, find("world"), find("untrained"), "--limit", 12, "--batch", 1),
@@ -1584,7 +1626,8 @@ COMMANDS = {
     "sdxl": lambda find: paper(text2mask, find("sdxl"), find("world"), "--lr", 1e-3, "--save-every", 1),
 }
 each_command = pytest.mark.parametrize("name", [
-    "text2mask", "mask2img", "masksyn", "imgsyn", "train", pytest.param("sdxl", marks=pytest.mark.peer)])
+    "text2mask", "rank", "mask2img", "masksyn", "imgsyn", "train",
+    pytest.param("sdxl", marks=pytest.mark.peer)])
 
 
 def begin(command, out, ranks=1):
@@ -1728,6 +1771,7 @@ def classes(split, *names):
     (None, "masksyn", f"--text2mask {SHIPPED / 'base'}", "holds a TextToImage, not a Text2Mask"),
     (None, "text2mask train", f"--init {SHIPPED / 'mask2img'}", "not a TextToImage"),
     (None, "text2mask train", "--size 20", "size 20 x 20: not a multiple of 8"),
+    (None, "text2mask train", "--rank 4", "--rank keeps the weights of a base. Give one by --init"),
     (None, "mask2img train", "--controlnet nothing", "--controlnet goes with SDXL"),
     (None, "text2mask sample", "--prompt x --size 65", "not a multiple of 8"),
     (None, "mask2img sample", "--mask nothing.png", "nothing.png: no such file")])
@@ -1748,7 +1792,8 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(
 
 @pytest.mark.parametrize("module, flags", [
     (text2mask, "train --lr nan"), (text2mask, "train --lr 0"), (text2mask, "train --size 9000"),
-    (text2mask, "train --size 1x2x3"), (text2mask, "sample --prompt x --guidance nan"),
+    (text2mask, "train --size 1x2x3"), (text2mask, "train --rank 0"),
+    (text2mask, "sample --prompt x --guidance nan"),
     (mask2img, "train --workers -1"), (mask2img, "sample --mask x --guidance -1"),
     (mask2img, "base --init x"), (masksyn, "--limit 0"), (masksyn, "--guidance inf"),
     (imgsyn, "--per-mask 0"), (T, "--steps -3"), (T, "--p-synth 1.5"), (T, "--seed -1"), (T, "--size 0"),
@@ -1799,9 +1844,11 @@ def paper(module, sdxl, data, *more):
 
 @pytest.fixture(scope="module")
 def on_sdxl(sdxl, world, tmp_path_factory):
-    """A folder with t/ and m/: both generators, trained two steps on the small SDXL."""
+    """A folder with t/, r/ and m/: both generators, and a Text2Mask of low rank, trained two steps on the
+    small SDXL."""
     out = tmp_path_factory.mktemp("on_sdxl")
     call(*paper(text2mask, sdxl, world), "--out", out / "t")
+    call(*paper(text2mask, sdxl, world), "--rank", 2, "--out", out / "r")
     call(*paper(mask2img, sdxl, world), "--out", out / "m")
     return out
 
@@ -1832,8 +1879,9 @@ def test_sdxl_feeds_both_syntheses(on_sdxl, world, tmp_path):
     call(*synthesis(masksyn, world, on_sdxl, *prompt, "--out", tmp_path / "masksyn"))
     hook.remove()
     assert encoded == [1, 1] * 2  # of either model: the caption of all pairs and none, once each
+    call(*synthesis(masksyn, world, on_sdxl, "--text2mask", on_sdxl / "r", "--out", tmp_path / "rank"))
     call(*synthesis(imgsyn, world, on_sdxl, "--out", tmp_path / "imgsyn"))
-    for name, count in (("masksyn", 3), ("imgsyn", 2)):
+    for name, count in (("masksyn", 3), ("rank", 2), ("imgsyn", 2)):
         pairs = PairFolder(tmp_path / name)
         assert len(pairs) == count and pairs.read(0)["image"].shape == (48, 48, 3)
     flags = "--steps", 2, "--device", "cpu", "--out", tmp_path
@@ -1878,6 +1926,46 @@ def test_a_public_controlnet_is_trained_on(sdxl, world, tmp_path):
 
 
 @pytest.mark.peer
+@pytest.mark.parametrize("reader", ["merged by hand", "peft"])
+@torch.no_grad()
+def test_low_rank_matrices_open_in_the_public_library(sdxl, tmp_path, reader):
+    import diffusers
+    classes = [dict(name="a", isthing=False)]
+    model = Text2Mask.from_sdxl(sdxl / "base", size=(48, 48), classes=classes, rank=3)
+    noisy(model.checkpoint_part, seed=6)
+    diffusion.save(model, tmp_path)
+    matrices = load((tmp_path / "pytorch_lora_weights.safetensors").read_bytes())
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl / "base", add_watermarker=False)
+    layers = [name.removesuffix("processor") + layer for name in pipe.unet.attn_processors
+              for layer in ("to_q", "to_k", "to_v", "to_out.0")]
+    assert matrices.keys() == {f"unet.{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"}
+    x, t, context = torch.randn(2, 4, 8, 12), torch.tensor([7, 801.5]), torch.randn(2, 5, 32)
+    pooled, time_ids = torch.randn(2, 16), torch.tensor([[48, 48, 0, 0, 48, 48]] * 2)
+    public = dict(added_cond_kwargs=dict(text_embeds=pooled, time_ids=time_ids), return_dict=False)
+    plain = pipe.unet(x, t, context, **public)[0]
+    if reader == "peft":
+        pytest.importorskip("peft")
+        pipe.load_lora_weights(tmp_path)
+    else:
+        for layer in layers:
+            A, B = (matrices[f"unet.{layer}.lora_{matrix}.weight"] for matrix in "AB")
+            pipe.unet.get_submodule(layer).weight += B @ A
+    right = pipe.unet(x, t, context, **public)[0]
+    for ours in model, diffusion.load(Text2Mask, tmp_path):
+        assert error(ours.unet(x, t, context, pooled, time_ids), right) < 1e-4
+    assert error(plain, right) > 0.01
+    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("init, words", [("t", "is a fine-tuned SDXL"), ("r", "was trained with --rank")])
+def test_a_low_rank_on_sdxl_starts_from_its_folder(on_sdxl, world, tmp_path, init, words):
+    flags = "--rank", 2, "--data", world, "--out", tmp_path / "out"
+    assert words in mistake(text2mask, "train", "--init", on_sdxl / init, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.peer
 def test_bf16_as_on_a_gpu(sdxl, world, on_sdxl, tmp_path, monkeypatch):
     """What CUDA does, on the CPU: autocast in training, frozen weights and sampling in bf16, VAE fp32."""
     # Not the fp32 encoders that all models share.
@@ -1896,8 +1984,12 @@ def test_bf16_as_on_a_gpu(sdxl, world, on_sdxl, tmp_path, monkeypatch):
         assert torch.equal(generate(), images[1])
     kinds = {name: {p.dtype for p in part.parameters()} for name, part in model.named_children()}
     assert kinds == dict(unet={kind}, text={kind}, vae={torch.float32}, controlnet={kind})
-    for module, name in ((text2mask, "t"), (mask2img, "m")):
-        call(*paper(module, sdxl, world), "--out", tmp_path / name)
+    classes = [dict(name="a", isthing=False)]
+    unet = Text2Mask.from_sdxl(sdxl / "base", size=(48, 48), classes=classes, rank=2).unet
+    for name, p in unet.named_parameters():
+        assert (p.dtype == torch.float32) == p.requires_grad == (".lora_" in name)
+    for module, name, *rank in ((text2mask, "t"), (text2mask, "r", "--rank", 2), (mask2img, "m")):
+        call(*paper(module, sdxl, world), *rank, "--out", tmp_path / name)
         loss, right = (P.read_json(out / name / "log.jsonl")["loss"] for out in (tmp_path, on_sdxl))
         assert 0 < abs(loss - right) < 0.05 * right
         trained = torch.load(tmp_path / name / "state.pt", weights_only=True)["average"]["params"]

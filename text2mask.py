@@ -9,7 +9,8 @@ read by nearest colour.
 Paper:   SegGen (2311.03355) section 3, Text2Mask: SDXL-base fine-tuned on (caption, colour map), lr 1e-5, 30k
          steps [N]. The palette explains every pixel of the authors' published pictures [D].
 Differs: on small data the base is a small pixel-space UNet of our own with a logit per colour; masks are
-         cleaned of specks (the paper's are not); edges between instances are one pixel wide [?].
+         cleaned of specks (the paper's are not); edges between instances are one pixel wide [?]. --rank
+         fine-tunes by LoRA (2106.09685): the base is frozen, and low-rank matrices are trained.
 Reads:   data/NAME/{train,val} pair folders; --init: a base of mask2img.py, or SDXL's public folder.
 Writes:  out/NAME/text2mask.
 Needs:   unet.py, diffusion.py, data/pairs.py.
@@ -394,29 +395,47 @@ def to_pixels(x0):
 class Text2Mask(TextToImage):
     """A TextToImage whose UNet gives a logit per palette code and pixel. On SDXL: SDXL's UNet, fine-tuned.
 
-    classes: [{"name", "isthing"}]; edges: whether codes have edges; the rest as TextToImage.
+    classes: [{"name", "isthing"}]; edges: whether codes have edges; rank: of LoRA's matrices, which are then
+    what is trained, or None; the rest as TextToImage.
     """
 
-    def __init__(self, unet, text, schedule, size, classes, edges=False, vae=None, base=None):
+    def __init__(self, unet, text, schedule, size, classes, edges=False, rank=None, vae=None, base=None):
         super().__init__(unet, text, schedule, size, vae, base)
-        self.config.update(classes=classes, edges=edges)
+        self.config.update(classes=classes, edges=edges, rank=rank)
         colours = torch.from_numpy(palette(len(classes))).float() / 127.5 - 1
         self.register_buffer("colours", colours, persistent=False)  # (K + 2, 3) in [-1, 1]
         self.register_buffer("class_weights", torch.ones(len(colours)), persistent=False)
+        if rank:
+            self.add_lora(rank)
+
+    def add_lora(self, rank):
+        """Freeze the text encoder and the UNet, and add what is trained instead."""
+        self.requires_grad_(False)
+        if self.vae:
+            self.unet.to(diffusion.precision(self.unet.conv_in.weight.device))
+        networks.add_lora(self.unet, rank)
+        if not self.vae:
+            # The base has read and written photos. conv_in and the head read the noisy colour map, and the
+            # head's last convolution, which gives a logit per code, is new: these are trained in full.
+            # conv_out passes on features alone. On SDXL the VAE reads and writes colours as it is.
+            for part in (self.unet.conv_in, self.unet.head, self.unet.head_time):
+                part.requires_grad_(True)
 
     @classmethod
-    def from_base(cls, base, size, classes, edges=False):
+    def from_base(cls, base, size, classes, edges=False, rank=None):
         """On a small base, or a Text2Mask of other classes: its weights, except those of the last convolution,
         which gives a logit per code. Of these a Text2Mask gives the codes that both know."""
         unet = UNet(**dict(base.unet.config, out_channels=len(classes) + 2))
         diffusion.load_matching(unet, base.unet.state_dict())
         if isinstance(base, Text2Mask):
             copy_codes(base.unet.head[-1], unet.head[-1], 0, base.config["classes"], classes)
-        return cls(unet, base.text, base.schedule, size, classes, edges)
+        return cls(unet, base.text, base.schedule, size, classes, edges, rank)
 
     @property
     def checkpoint_part(self):
         """What a checkpoint holds; the rest is in the base's folder."""
+        if self.vae and self.config["rank"]:
+            return networks.lora_matrices(self.unet)
         return self.unet if self.vae else None
 
     def loss(self, net, batch, drop=DROP):
@@ -658,9 +677,22 @@ def describe_run(model, data, args, device, world):
             f"parameters are trained, from {args.init or 'scratch'}")
 
 
+def check_rank(args):
+    """Raises ValueError where --init is no base for --rank, or comes from --rank itself."""
+    if args.rank and not args.init:
+        raise ValueError("--rank keeps the weights of a base. Give one by --init")
+    if not args.init or args.init == args.sdxl:
+        return
+    if diffusion.read_header(args.init).get("config", {}).get("rank"):
+        raise ValueError(f"{args.init}: was trained with --rank. Give the base that it was trained on")
+    if args.rank and args.sdxl:
+        raise ValueError(f"{args.init}: is a fine-tuned SDXL, but --rank needs SDXL's own folder. Give that "
+                         "one or leave --rank out")
+
+
 def new_model(args, classes, device):
     """A new Text2Mask: on SDXL, a small base or another Text2Mask (--init), or from scratch."""
-    options = dict(size=args.size, classes=classes, edges=args.edges)
+    options = dict(size=args.size, classes=classes, edges=args.edges, rank=args.rank)
     if args.sdxl:
         model = Text2Mask.from_sdxl(args.sdxl, device, **options)
         if args.init != args.sdxl:
@@ -679,6 +711,7 @@ def new_model(args, classes, device):
 def train(args):
     """Train on the masks and captions of a pair folder."""
     apply_recipe(args)
+    check_rank(args)
     device, rank, _ = diffusion.setup(args.device)
     parts = ("ids", "instances") if args.edges else ("ids",)
     pairs = PairFolder(find_split(args.data, "train"), parts, limit=args.limit)
@@ -731,6 +764,9 @@ def main(argv=None):
     init_flag(p, "Text2Mask")
     p.add_argument("--edges", action="store_true",
                    help="outline every segment, so that touching instances come apart")
+    p.add_argument("--rank", type=number(int, 1),
+                   help="freeze the base and train low-rank matrices beside its attentions (LoRA); on SDXL "
+                        "give --lr 1e-4 (default: train all weights)")
     p.set_defaults(command=train)
     p = commands.add_parser("sample", help="paint the mask of one caption")
     p.add_argument("--prompt", required=True, help="the caption")

@@ -24,7 +24,8 @@ classes with other arguments: see PRESETS. A context need not be text. A model o
     label = nn.Embedding(10, 128)
     prediction = unet(x, t, label(y)[:, None])          # x (B, 3, H, W), t (B,), y (B,) -> (B, 3, H, W)
 
-Paper: SDXL (2307.01952), ControlNet (2302.05543), CLIP (2103.00020); SegGen (2311.03355) fine-tunes SDXL.
+Paper: SDXL (2307.01952), ControlNet (2302.05543), CLIP (2103.00020), LoRA (2106.09685); SegGen (2311.03355)
+       fine-tunes SDXL.
 Differs: small models work on patches of pixels, with a full-resolution head, and read hashed words, not
        tokens of a vocabulary. Public ControlNets of other depths than SDXL's are refused.
 Reads: folders in the public layout (config.json, safetensors, a tokenizer's files).  Writes: nothing.
@@ -547,6 +548,58 @@ class ControlNet(Encoder):
         middle = self.controlnet_mid_block(h) * scale
         fine = self.controlnet_head(cond) * scale if self.config["head_channels"] else None
         return down, middle, fine
+
+
+# ---- LoRA --------------------------------------------------------------------------------------------------
+
+LORA_LAYERS = ".to_q", ".to_k", ".to_v", ".to_out.0"  # those of diffusers' training scripts
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer W with a low-rank addition: x -> W x + B A x, A (rank, in), B (out, rank).
+
+    B starts at zero: nothing is added until it is trained. A starts as every nn.Linear does, and as peft's:
+    kaiming uniform, a = sqrt(5). The addition is not scaled: peft's lora_alpha is the rank."""
+
+    def __init__(self, linear, rank):
+        bias = linear.bias is not None
+        super().__init__(linear.in_features, linear.out_features, bias, device="meta")  # no second copy
+        self.weight, self.bias = linear.weight, linear.bias
+        device = linear.weight.device
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False).to(device)
+        self.lora_B = zero(nn.Linear(rank, linear.out_features, bias=False)).to(device)
+
+    def forward(self, x):
+        return super().forward(x) + self.lora_B(self.lora_A(x))
+
+
+def add_lora(net, rank):
+    """Freezes a UNet and adds fp32 matrices to train to the linear layers of its attentions -> the UNet.
+
+    The keys of its own weights stay as they are, and its output until the matrices are trained. Source: LoRA
+    (2106.09685)."""
+    net.requires_grad_(False)
+    for name, layer in list(net.named_modules()):
+        if name.endswith(LORA_LAYERS):
+            net.set_submodule(name, LoRALinear(layer, rank))
+    return net
+
+
+def lora_matrices(net):
+    """The matrices of a UNet after `add_lora`, as a module of their own that shares them.
+
+    Its state dict is the content of a public file: unet.LAYER.lora_A.weight (rank, in) and
+    unet.LAYER.lora_B.weight (out, rank)."""
+    matrices = nn.Module()
+    for name, layer in net.named_modules():
+        if isinstance(layer, LoRALinear):
+            node = matrices
+            for key in f"unet.{name}".split("."):
+                if not hasattr(node, key):
+                    node.add_module(key, nn.Module())
+                node = getattr(node, key)
+            node.lora_A, node.lora_B = layer.lora_A, layer.lora_B
+    return matrices
 
 
 # ---- text of the small models ------------------------------------------------------------------------------
