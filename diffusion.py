@@ -766,7 +766,8 @@ def read_checkpoint(path, *kinds):
     with open_checkpoint(path) as (file, header):
         state = {name: file.get_tensor(name) for name in file.keys()}
     if header.get("format") != FORMAT:
-        raise ValueError(f"{path}: its format is {header.get('format')}, not {FORMAT}. Give a {wanted} of ours")
+        raise ValueError(f"{path}: its format is {header.get('format')}, not {FORMAT}. Give a {wanted} of "
+                         "ours")
     if header["class"] not in kinds:
         raise ValueError(f"{path}: holds a {header['class']}, not a {wanted}. Give another checkpoint")
     if not all(t.isfinite().all() for t in state.values()):

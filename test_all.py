@@ -1319,7 +1319,7 @@ def test_a_low_rank_is_trained_with_what_reads_and_writes_colours():
 
 
 @pytest.mark.parametrize("cls, name", [
-    (TextToImage, "base"), (Text2Mask, "text2mask"), (Mask2Img, "mask2img")])
+    (Text2Mask, "text2mask"), (Mask2Img, "mask2img")])
 def test_the_shipped_weights_load_and_are_saved_as_they_were(tmp_path, cls, name):
     diffusion.save(diffusion.load(cls, SHIPPED / name), tmp_path)
     config, weights = diffusion.read_checkpoint(SHIPPED / name, cls.__name__)
@@ -1544,11 +1544,34 @@ def test_training_on_other_classes_begins_with_all_weights_that_fit(tmp_path, mo
     cls = dict(text2mask=Text2Mask, mask2img=Mask2Img)[module.__name__]
     old = diffusion.load(cls, SHIPPED / module.__name__).state_dict()
     args = SimpleNamespace(init=SHIPPED / module.__name__, sdxl=None, size=(32, 48), edges=False,
-                           unfreeze=False, controlnet=None, rank=None)
+                           unfreeze=False, controlnet=None, rank=None, new_controlnet=False)
     classes = [dict(name=f"class{k}", isthing=False) for k in range(count)]
     new = module.new_model(args, classes, torch.device("cpu")).state_dict()
     assert {key for key, value in new.items() if not torch.equal(value, old[key])} == (
         changed if count == 2 else set())
+
+
+@pytest.mark.parametrize("module", [text2mask, mask2img])
+def test_classes_that_both_models_know_keep_their_channels(module):
+    cls = dict(text2mask=Text2Mask, mask2img=Mask2Img)[module.__name__]
+    old = diffusion.load(cls, SHIPPED / module.__name__)
+    names = [c["name"] for c in old.config["classes"]]
+    order = ["fog", *reversed(names)]  # a class more, and the others in another order
+    args = SimpleNamespace(init=SHIPPED / module.__name__, sdxl=None, size=(64, 64), edges=False, rank=None,
+                           unfreeze=False, controlnet=None, new_controlnet=False)
+    new = module.new_model(args, [dict(name=name, isthing=False) for name in order], torch.device("cpu"))
+    sources = [0, None, *(1 + names.index(name) for name in order[1:]), len(names) + 1]  # void, fog, ..., edge
+    if module is mask2img:
+        layers, dim = [mask2img.layers_of_codes(model.controlnet) for model in (old, new)], 1
+    else:
+        layers, dim = [(model.unet.head[-1],) for model in (old, new)], 0
+        kept = [k for k, source in enumerate(sources) if source is not None]
+        assert torch.equal(new.unet.head[-1].bias[kept], old.unet.head[-1].bias[[sources[k] for k in kept]])
+    for before, after in zip(*layers):
+        for k, source in enumerate(sources):
+            same = source is not None and torch.equal(after.weight.select(dim, k),
+                                                      before.weight.select(dim, source))
+            assert same == (source is not None)
 
 
 @pytest.mark.peer
@@ -1768,8 +1791,9 @@ def classes(split, *names):
      "nothing: no trained weights. Train them with: python mask2img.py"),
     (None, "masksyn", "--data mine/data/ --prompt x", "out/data/text2mask: no trained weights"),
     (None, "masksyn", "--captions shapes/train/classes.json/x", "x"),
-    (None, "masksyn", f"--text2mask {SHIPPED / 'base'}", "holds a TextToImage, not a Text2Mask"),
-    (None, "text2mask train", f"--init {SHIPPED / 'mask2img'}", "not a TextToImage"),
+    (None, "masksyn", f"--text2mask {SHIPPED / 'mask2img'}", "holds a Mask2Img, not a Text2Mask"),
+    (None, "mask2img train", f"--init {SHIPPED / 'text2mask'}", "a Text2Mask, not a TextToImage or a Mask2Img"),
+    (None, "text2mask train", f"--init {SHIPPED / 'mask2former'}", "Give a TextToImage or a Mask2Img of ours"),
     (None, "text2mask train", "--size 20", "size 20 x 20: not a multiple of 8"),
     (None, "text2mask train", "--rank 4", "--rank keeps the weights of a base. Give one by --init"),
     (None, "mask2img train", "--controlnet nothing", "--controlnet goes with SDXL"),
@@ -1818,8 +1842,8 @@ def test_a_worker_that_reads_a_bad_picture_ends_in_one_line(world, tmp_path, mon
 
 def test_a_base_or_data_of_the_same_name_but_changed_does_not_resume(world, tmp_path):
     data = shutil.copytree(world, tmp_path / "data")
-    base = shutil.copytree(SHIPPED / "base", tmp_path / "base")
-    out = tmp_path / "m"
+    base, out = tmp_path / "base", tmp_path / "m"
+    diffusion.save(text2mask.load_base(SHIPPED / "mask2img"), base)  # the base in a Mask2Img
     command = mask2img, "train", "--data", data, "--init", base, *TRAIN, "--unfreeze", "--out", out
     call(*command)
     before = snapshot(out)

@@ -45,8 +45,8 @@ DROP = 0.1  # share of captions left out in training, for classifier-free guidan
 # Defaults of the training commands: those of SDXL where --init is its folder; batch and EMA are ours [?].
 SMALL = dict(steps=5000, batch=16, lr=2e-3, workers=0, save_every=500)
 SDXL = dict(steps=30_000, batch=4, lr=1e-5, workers=4, save_every=2500)
-# Defaults of sampling, of the small models and on SDXL. The paper takes 200 steps of EDM's sampler for masks and
-# 40 for images [N]; the rest is ours [?].
+# Defaults of sampling, of the small models and on SDXL. The paper takes 200 steps of EDM's sampler for masks
+# and 40 for images [N]; the rest is ours [?].
 STEPS = {"text2mask": (12, 25), "mask2img": (15, 40)}
 GUIDANCE = {"text2mask": (1.0, 2.0), "mask2img": (1.5, 5.0)}
 MIN_REGION = (8, 50)  # pixels; of the ghosts that the VAE's blur leaves between classes, 50 removes most
@@ -373,7 +373,7 @@ class TextToImage(nn.Module):
 
 
 def load_base(path):
-    """The TextToImage of a checkpoint: of a base, or of a Mask2Img, which holds the base that it stands on."""
+    """The TextToImage of a checkpoint: of a base, or of a Mask2Img, which holds the base it stands on."""
     config, state = diffusion.read_checkpoint(path, "TextToImage", "Mask2Img")
     model = TextToImage.from_config({key: config[key] for key in ("unet", "text", "schedule", "size")})
     state = {key: value for key, value in state.items() if not key.startswith("controlnet.")}
@@ -423,8 +423,8 @@ class Text2Mask(TextToImage):
 
     @classmethod
     def from_base(cls, base, size, classes, edges=False, rank=None):
-        """On a small base, or a Text2Mask of other classes: its weights, except those of the last convolution,
-        which gives a logit per code. Of these a Text2Mask gives the codes that both know."""
+        """On a small base, or a Text2Mask of other classes: its weights, except those of the last
+        convolution, which gives a logit per code. Of these a Text2Mask gives the codes that both know."""
         unet = UNet(**dict(base.unet.config, out_channels=len(classes) + 2))
         diffusion.load_matching(unet, base.unet.state_dict())
         if isinstance(base, Text2Mask):
@@ -612,7 +612,7 @@ def sampler_flags(parser, stage, prefix=""):
 
 
 def choose_sampling(args, model, stage, prefix=""):
-    """Set the flags of `sampler_flags` that were not given to the defaults of the model: small, or on SDXL."""
+    """Set the flags of `sampler_flags` that were not given to the model's defaults: small, or on SDXL."""
     on_sdxl = model.vae is not None
     defaults = {f"{prefix}steps": STEPS[stage][on_sdxl], f"{prefix}guidance": GUIDANCE[stage][on_sdxl],
                 f"{prefix}guidance_interval": ALWAYS}
@@ -624,8 +624,9 @@ def choose_sampling(args, model, stage, prefix=""):
 
 
 def region_flag(parser):
-    parser.add_argument("--min-region", type=number(int, 1), help="smaller regions of a mask, in pixels, go to "
-                        "their surroundings (default: {}; on SDXL {})".format(*MIN_REGION))
+    parser.add_argument("--min-region", type=number(int, 1),
+                        help="smaller regions of a mask, in pixels, go to their surroundings "
+                             "(default: {}; on SDXL {})".format(*MIN_REGION))
 
 
 def sampling_flags(parser, stage):

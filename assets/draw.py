@@ -1,8 +1,8 @@
 """Draw the README's first picture and its animation from the shipped weights, or from those in out/shapes.
 
 Reads:  weights of Text2Mask, Mask2Img and the segmenter.
-Writes: assets/hero.png: caption, mask, image, what the segmenter finds in it; assets/noise.gif: a mask and then
-        its image come out of the noise.
+Writes: assets/hero.png: caption, mask, image, what the segmenter finds in it; assets/noise.gif: a mask and
+        then its image come out of the noise.
 
     python assets/draw.py
 """
@@ -47,14 +47,15 @@ def to_picture(x, side):
     return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
 
 
-def animate(text2mask, mask2img, caption, path, side=256):
+def animate(text2mask, mask2img, caption, path, side=192):
     """The GIF of one caption: the mask on the left comes first, then the image on the right."""
     classes = text2mask.config["classes"]
     isthing = [c["isthing"] for c in classes]
     codes, left = noise_frames(text2mask, lambda: text2mask.sample([caption], [seed_of(0, "mask")]))
     ids, _ = segments(codes[0], isthing)
     mask = torch.from_numpy(palette(len(classes))[ids]).permute(2, 0, 1) / 127.5 - 1
-    image, right = noise_frames(mask2img, lambda: mask2img.sample(ids[None], [caption], [seed_of(0, "image")]))
+    image, right = noise_frames(
+        mask2img, lambda: mask2img.sample(ids[None], [caption], [seed_of(0, "image")]))
     image = torch.from_numpy(image[0]).permute(2, 0, 1) / 127.5 - 1
     masks = [x[0] for x in left[::2]] + [mask] * (len(right[::3]) + 1)
     images = [right[0][0]] * len(left[::2]) + [x[0] for x in right[::3]] + [image]

@@ -1,10 +1,10 @@
 """How well masks, and the images on them, show what their captions say.
 
-Text2Mask paints a mask for each of a split's first captions; or --pairs FOLDER gives the masks, and the images,
+Text2Mask paints a mask for each of a split's first captions; or --pairs FOLDER gives the masks and images
 that masksyn.py or imgsyn.py made. A clean mask has only colours of the palette and no specks. An obedient one
 shows the classes that its caption names and no others, and as many things of each as it says; a thing in the
-image has the colour that the caption gives it. The split's own pairs pass the same checks beside them: what
-they reach is the best that can be asked for.
+image has the colour that the caption gives it. The split's own pairs pass the same checks: what they reach is
+the best that can be asked for.
 
 Differs: which words name a class is said in words.json of the data set. Without that file, class names and
          their plurals stand in; captions may then leave out what the picture shows, so the precision is

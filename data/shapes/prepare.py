@@ -28,8 +28,8 @@ from data.pairs import (FlagParser, check_classes, list_files, number, open_pict
                         remove_temporary, run, to_rgb, unfinished, write_json, write_pair, write_text)
 from data.prepare import join_words, run_jobs, with_article
 
-# In the order in which the palette's colours suit them: blue water, maroon houses, purple hills, a red sun, green
-# trees, azure sky, olive grass, grey roads. No colour is left for skin or sand.
+# In the order in which the palette's colours suit them: blue water, maroon houses, purple hills, a red sun,
+# green trees, azure sky, olive grass, grey roads. No colour is left for skin or sand.
 CLASSES = ["person", "water", "house", "hill", "ball", "sun", "sand", "boat", "tree", "cloud", "sky", "grass",
            "road"]
 ID = {name: k for k, name in enumerate(CLASSES, 1)}
