@@ -449,6 +449,24 @@ def differences(old, new):
             if old.get(key) != new.get(key)}
 
 
+def check_output(out, meta):
+    """Raises ValueError where `out` holds pairs of other settings, data or weights, or anything else.
+
+    meta: the content of OUT/meta.json that these pairs would have
+    """
+    if not out.exists():
+        return
+    path = out / "meta.json"
+    if not out.is_dir() or not path.is_file() and any(out.glob("[!.]*")):
+        raise ValueError(f"{out}: exists, and is no folder of a synthesis (it has no meta.json). Choose "
+                         "another folder")
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else meta
+    changed = "; ".join(differences(old, meta).values())
+    if changed:
+        raise ValueError(f"{out}: holds pairs of other settings, data or weights ({changed}). Choose another "
+                         "folder or delete it")
+
+
 def draw_log(log, width=360, height=150):
     """The lines of a log -> a PIL picture: a curve for every number in them, over the steps."""
     curves = {}

@@ -1,8 +1,10 @@
 """ImgSyn: human masks -> new images: every annotation gets as many pictures as are asked for.
 
 Paper:   SegGen (2311.03355) section 3, ImgSyn. ADE20K: 50 images a mask; COCO: 10; 40 steps [N].
+         FreeMask (2310.15160): masks that are hard to segment get more images, --hardness.
 Differs: DPM-Solver++(2M) in 15 steps.
-Reads:   masks/ and captions/ of --data's train split; a trained Mask2Img.
+Reads:   masks/ and captions/ of --data's train split; a trained Mask2Img; hardness.json of
+         train.py --filter.
 Writes:  OUT pair folder (classes.json, images, masks, instances, captions), meta.json, samples.png.
 Needs:   unet.py, diffusion.py, text2mask.py, mask2img.py, masksyn.py, data/pairs.py.
 
@@ -14,21 +16,49 @@ Dimension key: B batch, H W pixels, K classes. A job is (source name, k): the k-
 from pathlib import Path
 
 import diffusion
-from data.pairs import FlagParser, PairFolder, check_classes, dataset_name, find_split, run
+from data.pairs import FlagParser, PairFolder, check_classes, dataset_name, find_split, read_json, run
 from mask2img import Mask2Img
 from masksyn import (choose_captions, describe, find_generators, limit_sources, paint, synthesis_flags,
                      synthesize)
 from text2mask import ResizeCrop, choose_sampling
 
 
+def count_images(path, sources, names, per_mask):
+    """How many images each source gets by its hardness -> {source: number}, the easiest source first.
+
+    path      a JSON file {source: hardness}
+    sources   the masks that get images, n of them
+    names     all masks of the data
+    per_mask  N, the mean number of images, over 1
+
+    The mask of rank r (0 the easiest) gets 1 + round((2 r + 1) (N - 1) / n) images: from 1 to at most 2 N - 1
+    and n N in all. Raises ValueError where the file is of other masks. FreeMask's resampling (2310.15160).
+    """
+    hardness = read_json(path)
+    if not isinstance(hardness, dict) or set(sources) - hardness.keys() or hardness.keys() - set(names):
+        raise ValueError(f"{path}: not a hardness for these masks. Give the hardness.json of the filtered "
+                         "ImgSyn pairs of the same --data, --split and --limit")
+    if per_mask == 1:
+        raise ValueError("--hardness has no effect with --per-mask 1. Give 2 or more")
+    order = sorted(sources, key=hardness.get)
+    return {source: 1 + round((2 * rank + 1) * (per_mask - 1) / len(order))
+            for rank, source in enumerate(order)}
+
+
 def main(argv=None):
     parser = FlagParser(description="ImgSyn: human masks -> new images.")
     synthesis_flags(parser, "--per-mask")
     parser.add_argument("--split", default="train", help="the split whose masks are used")
+    parser.add_argument("--hardness", type=Path, metavar="FILE", help="hardness.json of train.py --filter: "
+                        "the number of images grows linearly with the rank of a mask's hardness, from 1 to "
+                        "2 N - 1, N on average")
     args = parser.parse_args(argv)
     device, _, _ = diffusion.setup(args.device)
     path = find_generators(args, ("mask2img",))["mask2img"]
     pairs = PairFolder(find_split(args.data, args.split), ("ids", "instances"))
+    sources = limit_sources(args, pairs.names)
+    if args.hardness:  # masks that get equally many images are neighbours then, so batches stay full
+        sources = count_images(args.hardness, sources, pairs.names, args.per_source)
     mask2img = diffusion.load(Mask2Img, path, device)
     check_classes(mask2img.config["classes"], pairs.classes, path)
     choose_sampling(args, mask2img, "mask2img")
@@ -46,7 +76,7 @@ def main(argv=None):
         return paint(jobs, captions, masks, pairs.has_instances, mask2img, args)
     out = args.out or Path("out") / dataset_name(args.data) / "imgsyn"
     meta = describe(args, pairs.fingerprint(), mask2img=path)
-    synthesize(args, out, limit_sources(args, pairs.names), make, pairs.classes, meta)
+    synthesize(args, out, sources, make, pairs.classes, meta)
 
 
 if __name__ == "__main__":

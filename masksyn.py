@@ -61,20 +61,6 @@ def exists(out, job):
     return all(path.exists() for path in parts)
 
 
-def check_output(out, meta):
-    """Raises ValueError where `out` holds pairs of other settings, data or weights, or anything else."""
-    if not out.exists():
-        return
-    if not out.is_dir() or not (out / "meta.json").is_file() and any(out.glob("[!.]*")):
-        raise ValueError(f"{out}: exists, and is no folder of a synthesis (it has no meta.json). Choose "
-                         "another folder")
-    old = read_json(out / "meta.json") if (out / "meta.json").is_file() else meta
-    changed = "; ".join(diffusion.differences(old, meta).values())
-    if changed:
-        raise ValueError(f"{out}: holds pairs of other settings, data or weights ({changed}). Choose another "
-                         "folder or delete it")
-
-
 def holds_prompt(out):
     """Whether a folder holds pairs of --prompt, which the next prompt replaces; no others are deleted."""
     return (out / "meta.json").is_file() and "prompt" in read_json(out / "meta.json")
@@ -94,7 +80,8 @@ def describe(args, fingerprint, **checkpoints):
     """The settings, source data and weights that decide a pair's content, for meta.json."""
     # Left out: flags that change only how many pairs, where they go, or the device; and paths of weights,
     # whose content counts.
-    passed_over = ("out", "limit", "per_source", "device", "count", "prompt", "captions", *checkpoints)
+    passed_over = ("out", "limit", "per_source", "hardness", "device", "count", "prompt", "captions",
+                   *checkpoints)
     meta = {key: str(value) for key, value in vars(args).items() if key not in passed_over}
     for name, path in checkpoints.items():
         meta[f"{name}_weights"] = diffusion.weights_hash(path)
@@ -104,7 +91,7 @@ def describe(args, fingerprint, **checkpoints):
 def synthesize(args, out, sources, make, classes, meta, title="", replace=False):
     """Write the pairs of all jobs that `out` lacks: the loop of both modes.
 
-    sources  names; each gets args.per_source pairs
+    sources  names; each gets args.per_source pairs. Or {name: number of pairs}
     make     make(jobs) -> for each job the arguments of write_pair: image, ids, instances, captions
     classes  the content of classes.json
     meta     what makes these pairs what they are; raises ValueError where `out` holds others
@@ -113,8 +100,10 @@ def synthesize(args, out, sources, make, classes, meta, title="", replace=False)
     """
     _, rank, world = diffusion.setup(args.device)
     if not replace:
-        check_output(out, meta)
-    batches = split_jobs(sources, args.per_source, args.batch, rank, world)
+        diffusion.check_output(out, meta)
+    counts = sources if isinstance(sources, dict) else dict.fromkeys(sources, args.per_source)
+    batches = split_jobs(list(counts), max(counts.values()), args.batch, rank, world)
+    batches = [[job for job in jobs if job[1] < counts[job[0]]] for jobs in batches]
     todo = [jobs for jobs in batches if replace or not all(exists(out, job) for job in jobs)]
     bar = tqdm(total=sum(map(len, todo)), desc=out.name, unit="pair", disable=rank > 0)
     # The first batch comes before the folder: bad input ends the run here, and leaves nothing.

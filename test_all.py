@@ -1469,6 +1469,32 @@ def test_more_pairs_leave_the_first_as_they_were(world, untrained, tmp_path):
     assert len(PairFolder(tmp_path / "a")) == 6
 
 
+def test_hard_masks_get_more_images(world, untrained, tmp_path):
+    """Numbers counted by hand; an image is the one that its mask gets as its k-th without --hardness."""
+    names = [f"{n:05d}" for n in range(4)]
+    file = tmp_path / "hardness.json"
+    P.write_json(file, dict(zip(names, [0.5, 2.0, 0.1, 0.7])))  # ranks 1, 3, 0, 2
+    for per_mask, by_rank in ((2, [1, 2, 2, 3]), (3, [1, 3, 3, 5])):
+        counts = imgsyn.count_images(file, names, names, per_mask)
+        assert list(counts.items()) == list(zip(["00002", "00000", "00003", "00001"], by_rank))
+    command = *synthesis(imgsyn, world, untrained, "--limit", 4, "--batch", 1), "--out"
+    call(*command, tmp_path / "hard", "--per-mask", 3, "--hardness", file)
+    call(*command, tmp_path / "all", "--per-mask", 5)
+    found, expected = snapshot(tmp_path / "hard"), snapshot(tmp_path / "all")
+    assert PairFolder(tmp_path / "hard").names == ["00000_00", "00000_01", "00000_02", *(
+        f"00001_{k:02d}" for k in range(5)), "00002_00", "00003_00", "00003_01", "00003_02"]
+    found.pop("samples.png")
+    assert found.items() <= expected.items()
+    for n, per_mask in itertools.product((1, 2, 7, 64), (2, 3, 10)):  # the linear rule, for any numbers
+        names = [str(i) for i in range(n)]
+        P.write_json(file, {name: int(name) for name in names})
+        counts = list(imgsyn.count_images(file, names, names, per_mask).values())
+        assert sum(counts) == n * per_mask and counts == sorted(counts)
+        assert 1 <= counts[0] and counts[-1] <= 2 * per_mask - 1
+        line = np.linspace(1, 2 * per_mask - 1, 2 * n + 1)[1::2]  # the middles of n equal parts
+        assert np.abs(counts - line).max() <= 0.5 + 1e-9
+
+
 @pytest.mark.parametrize("size, order, words", [
     ((16, 32), 1, "Train both at one --size"), ((16, 16), -1, "class 1 is person, where sky was expected")])
 def test_generators_that_do_not_fit_are_refused(world, untrained, tmp_path, size, order, words):
@@ -1787,6 +1813,13 @@ def classes(split, *names):
     (None, "mask2img train", "--out shapes/train", "holds other files (captions). Choose another folder"),
     (None, "text2mask train", "--out shapes/train/classes.json", "classes.json: is a file. Choose a folder"),
     ((MASK, Image.new("L", (32, 32))), "text2mask train", "", "32 x 32 pixels, its image 64 x 64"),
+    (("a.json", '{"00000": 1, "x": 3}'), "imgsyn", "--limit 1 --per-mask 2 --hardness shapes/a.json",
+     "a.json: not a hardness for these masks. Give the hardness.json"),
+    (("a.json", '{"00000": 1}'), "imgsyn", "--limit 2 --per-mask 2 --hardness shapes/a.json",
+     "not a hardness for these masks"),
+    (("a.json", '{"00000": 1}'), "imgsyn", "--limit 1 --hardness shapes/a.json",
+     "--hardness has no effect with --per-mask 1. Give 2 or more"),
+    (None, "imgsyn", "--per-mask 2 --hardness shapes/train/classes.json", "not a hardness for these masks"),
     (None, "imgsyn", "--mask2img nothing",
      "nothing: no trained weights. Train them with: python mask2img.py"),
     (None, "masksyn", "--data mine/data/ --prompt x", "out/data/text2mask: no trained weights"),
@@ -3190,6 +3223,9 @@ def test_void_pictures_and_absent_classes_are_null_in_every_file(world, tmp_path
     (None, "--init x --preset swin_t", "--preset has no effect with --init"),
     (None, "--eval-only --steps 7", "--steps has no effect with --eval-only"),
     (None, "--predictions x", "--predictions has no effect without --eval-only"),
+    (None, "--filter world/val", "--filter has no effect without --judge. Give both of them"),
+    (None, "--judge x", "--judge has no effect without --filter. Give both of them"),
+    (None, "--judge x --filter world/val", "--out has no effect with --filter. Give one of them"),
     (None, f"--eval-only --multi-scale --task panoptic --init {SEGMENTER}", "panoptic segmentation has none"),
     (None, "compare --protocol ../x", "a name is needed, not a path"),
     (None, "compare --arms masksyn", "masksyn: no such arm. There are: real"),
@@ -3230,7 +3266,183 @@ def test_missing_synthetic_pairs_come_from_a_process_outside_the_group(tmp_path,
     assert T.synthetic_folders(args) == []
 
 
+# filtering
+
+@pytest.fixture
+def judged(tmp_path):
+    """A folder with world/train/, a judge of random weights whose losses differ much, and w/, 4 synthetic
+    pairs of 3 masks, each of another size."""
+    pair_folder(tmp_path / "world/train")
+    pair_folder(tmp_path / "w", ("a_00", "a_01", "b_c_00", "d_00"))
+    P.write_json(tmp_path / "w/meta.json", {"seed": "0"})
+    model = toy_model()
+    for p in (model.decoder.classes.weight, model.decoder.masks[-1].weight):
+        p.data *= 5
+    m2f.save(model, tmp_path / "judge.safetensors")
+    return tmp_path
+
+
+def filter_command(folder, *more):
+    data = "--data", folder / "world", "--device", "cpu"
+    return T, *data, "--judge", folder / "judge.safetensors", "--filter", folder / "w", *more
+
+
+def slow_losses(model, pair):
+    """Pixel after pixel: the class scores are sums over queries of class x mask probability; the loss is -log
+    of the true class's share of them."""
+    image = torch.tensor(pair["image"]).permute(2, 0, 1)[None] / 255
+    raw, = m2f.final_predictions(model, image)
+    masks = F.interpolate(raw["mask_logits"][None], raw["padded"], mode="bilinear")[0].double().numpy()
+    classes = np.exp(raw["class_logits"].double().numpy())
+    classes = (classes / classes.sum(1, keepdims=True))[:, :-1]
+    losses = np.zeros(pair["ids"].shape)
+    for y, x in zip(*pair["ids"].nonzero()):
+        scores = sum(p / (1 + np.exp(-mask[y, x])) for p, mask in zip(classes, masks))
+        losses[y, x] = -np.log(scores[pair["ids"][y, x] - 1] / scores.sum())
+    return losses
+
+
+def test_filtering_equals_its_definition(judged, capsys):
+    real, synth = PairFolder(judged / "world/train", limit=2), PairFolder(judged / "w")
+    model = m2f.load(judged / "judge.safetensors")
+    pairs = [pair | {"losses": slow_losses(model, pair)} for pair in map(real.read, range(2))]
+    means = [np.concatenate([pair["losses"][pair["ids"] == k] for pair in pairs]).mean() for k in (1, 2, 3)]
+    assert T.class_losses(model, real)[1:] == pytest.approx(means, rel=1e-4)
+    call(*filter_command(judged, "--limit-real", 2))
+    found, hardness, filtered, total = PairFolder(judged / "w_filtered"), {}, np.zeros(4), np.zeros(4)
+    for i, name in enumerate(synth.names):
+        pair = synth.read(i)
+        ids, losses = pair["ids"], slow_losses(model, pair)
+        high = (ids > 0) & (losses > 1.25 * np.array([0, *means])[ids])
+        for key, expected in (("image", pair["image"]), ("instances", pair["instances"]),
+                              ("ids", np.where(high, 0, ids))):
+            assert np.array_equal(found.read(i)[key], expected)
+        hardness.setdefault(name[:-3], []).append(losses[ids > 0].mean())
+        filtered += np.bincount(ids[high], minlength=4)
+        total += np.bincount(ids.ravel(), minlength=4)
+    assert list(hardness) == ["a", "b_c", "d"]
+    expected = {name: np.mean(values) for name, values in hardness.items()}
+    assert P.read_json(judged / "w_filtered/hardness.json") == pytest.approx(expected, rel=1e-4)
+    assert 0.05 < filtered.sum() / total[1:].sum() < 0.95
+    share = 100 * filtered[1:] / total[1:]
+    most = ", ".join(f"class{k + 1} {share[k]:.1f} %" for k in np.argsort(-share))
+    share = 100 * filtered.sum() / total[1:].sum()
+    line = f"w_filtered: {share:.1f} % of the pixels filtered, the most of {most}\n"
+    assert line in capsys.readouterr().out
+
+
+def test_a_class_without_real_pixels_is_not_filtered(judged):
+    for path in (judged / "world/train/masks").iterdir():
+        ids = P.read_ids(path, 3)
+        P.write_mask(path, np.where(ids == 2, 0, ids).astype(np.uint8), 3)
+    call(*filter_command(judged))
+    masks = [[PairFolder(judged / name).read(i)["ids"] for i in range(4)] for name in ("w", "w_filtered")]
+    before, after = (np.concatenate([ids.ravel() for ids in part]) for part in masks)
+    assert np.array_equal(before == 2, after == 2) and (before != after).any()
+
+
+def test_a_filtered_folder_is_a_pair_folder_beside_its_source(judged, capsys):
+    """Once made it stays; images, captions and instances are links."""
+    before, out = snapshot(judged / "w"), judged / "w_filtered"
+    call(*filter_command(judged))
+    made = snapshot(out)
+    pairs = PairFolder(out)
+    assert pairs.filtered and not PairFolder(judged / "w").filtered and snapshot(judged / "w") == before
+    assert pairs.captions(2) == ["b_c_00"] and made.keys() - before.keys() == {"hardness.json"}
+    assert {path.parent.name for path in out.rglob("*") if not path.is_symlink() and path.is_file()} == {
+        "masks", "w_filtered"}
+    assert P.read_json(out / "meta.json").items() > P.read_json(judged / "w/meta.json").items()
+    assert pairs.fingerprint() != PairFolder(judged / "w").fingerprint()
+    times = {path: path.lstat().st_mtime_ns for path in out.rglob("*")}
+    capsys.readouterr()
+    with mock.patch.object(T, "pixel_losses", pytest.fail):
+        call(*filter_command(judged))
+    assert {path: path.lstat().st_mtime_ns for path in out.rglob("*")} == times
+    assert capsys.readouterr().out == f"{out}: is complete\n"
+
+
+@pytest.mark.parametrize("change, more", [
+    (lambda folder: None, ("--limit-real", 2)), (lambda folder: None, ("--size", 32)),
+    (lambda folder: m2f.save(toy_model(), folder / "judge.safetensors"), ()),
+    (lambda folder: spoil(folder / "world/train/masks/a.png", Image.new("L", (12, 16), 1)), ()),
+    (lambda folder: P.write_json(folder / "w/meta.json", {"seed": "1"}), ()),
+    (lambda folder: [path.unlink() for path in folder.glob("w/*/d_00.*")], ())])
+def test_a_filtered_folder_of_other_settings_data_or_weights_is_refused(judged, change, more):
+    call(*filter_command(judged))
+    before = snapshot(judged / "w_filtered/masks")
+    change(judged)
+    line = mistake(*filter_command(judged, *more))
+    assert "w_filtered: holds pairs of other settings, data or weights (" in line and "delete it" in line
+    assert snapshot(judged / "w_filtered/masks") == before
+
+
+@pytest.mark.parametrize("writer, at", [
+    ("remove_temporary", 1), ("write_json", 1), ("write_mask", 1), ("write_mask", 4), ("link", 1),
+    ("link", 9), ("write_json", 2)])
+def test_a_filtering_that_is_stopped_leaves_no_part_for_the_whole(judged, monkeypatch, writer, at):
+    """The next run writes the folder again and ends the same."""
+    call(*filter_command(judged))
+    out = judged / "w_filtered"
+    expected = snapshot(out)
+    shutil.rmtree(out)
+    calls, write = itertools.count(1), getattr(T, writer)
+
+    def stop(*args):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        write(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(T, writer, stop)
+        with pytest.raises(KeyboardInterrupt):
+            call(*filter_command(judged))
+    if out.exists():
+        P.write_text(out / "masks/.tmp1.png", "of a run that was killed")
+        with pytest.raises(ValueError, match="only a part of this set is there. Run again what makes it"):
+            PairFolder(out)
+    call(*filter_command(judged))
+    assert snapshot(out) == expected and not P.unfinished(out).exists()
+
+
+@pytest.mark.parametrize("spoil_it, words", [
+    (lambda folder: (folder / "w/meta.json").unlink(), "w: no folder of a synthesis, or filtered already"),
+    (lambda folder: P.write_json(folder / "w/meta.json", {"filter": {}}), "or filtered already. Give"),
+    (lambda folder: shutil.rmtree(folder / "w"), "w: no such folder"),
+    (lambda folder: P.write_text(folder / "w_filtered/a", ""), "w_filtered: exists, and is no folder of a"),
+    (lambda folder: P.write_json(folder / "w/classes.json", [{"name": "sky"}]), "class 1 is sky"),
+    (lambda folder: (folder / "judge.safetensors").unlink(), "judge.safetensors: no such file"),
+    (lambda folder: m2f.save(m2f.Mask2Former(3, **TOY, class_names=["x", "y", "z"]),
+                             folder / "judge.safetensors"), "judge.safetensors: class 1 is x"),
+    (lambda folder: spoil(folder / "world/train/images/a.png", "cut"), "a.png: not a readable picture")])
+def test_a_mistake_of_a_filtering_ends_in_one_line(judged, spoil_it, words):
+    spoil_it(judged)
+    before = snapshot(judged)
+    assert words in mistake(*filter_command(judged)) and snapshot(judged) == before
+
+
+@each_recipe
+def test_filtered_pixels_do_not_count_in_the_loss(judged, recipe):
+    """Of any recipe; void of other pairs does as the recipe says."""
+    call(*filter_command(judged))
+    real, synth, filtered = map(PairFolder, (judged / "world/train", judged / "w", judged / "w_filtered"))
+    options = dict(recipe=recipe, size=(32, 32), batch=4, p_synth=1.0)
+    for target in T.Batches(real, [filtered], **options)[0][1]:
+        assert torch.equal(target["valid"], target["masks"].any(0)) and not target["valid"].all()
+    for folders in ([synth], []):
+        for target in T.Batches(real, folders, **options)[0][1]:
+            assert ("valid" in target) == (recipe == "tiny")
+
+
 # bench/compare.py, bench/camvid.py, real samples
+
+def test_compare_runs_a_filtered_folder_as_an_arm(world, tmp_path):
+    synth = shutil.copytree(world / "val", tmp_path / "masksyn")
+    P.write_json(synth / "meta.json", {})
+    call(T, "--data", world, "--device", "cpu", "--judge", SEGMENTER, "--filter", synth)
+    flags = "--limit-real 4 --seeds 0 --steps 2 --batch 2 --size 32 --device cpu".split()
+    arms = "--synth", synth, f"{synth}_filtered", "--arms", "masksyn", "masksyn_filtered"
+    call(C, "--data", world, *arms, *flags, "--out", tmp_path / "c")
+    assert list(P.read_json(tmp_path / "c/compare.json")["arms"]) == ["+ MaskSyn", "+ masksyn_filtered"]
+
 
 def test_compare_writes_a_table_shares_runs_and_goes_on(world, tmp_path, monkeypatch):
     synth = [shutil.copytree(world / "val", tmp_path / name) for name in ("masksyn", "imgsyn")]

@@ -4,14 +4,17 @@ Each real sample of a batch is replaced by a synthetic one with probability 0.6:
 training sees synthetic samples in its first half and real ones in its second: its COCO recipe, --pretrain.
 The number of steps is the same with and without synthetic data, so a gain is not more training.
 
-Paper:   SegGen (2311.03355); Mask2Former (2112.01527) for the recipes; Kirillov et al. (1801.00868) for PQ.
+Paper:   SegGen (2311.03355); Mask2Former (2112.01527) for the recipes; Kirillov et al. (1801.00868) for PQ;
+         FreeMask (2310.15160) for --filter.
 Differs: the paper does not say how MaskSyn and ImgSyn samples share the probability: here a synthetic folder
          is chosen uniformly, then a pair in it. The `tiny` recipe (from scratch, minutes on a CPU) is
          ours. ADE20K's brightness is scaled by up to an eighth (the original adds up to 32 of 255).
+         The hardness of a mask is its own pixels' loss (FreeMask: the mean losses of their classes).
 Reads:   pair folders data/NAME/{train,val,...} and out/NAME/{masksyn,imgsyn}. AP is read against COCO's own
          annotations where an evaluated folder holds them as instances.json.
 Writes:  out/NAME/mask2former/{model.safetensors, best.safetensors, state.pt, log.jsonl, log.png,
          metrics.json, samples.png}. The last weights, not the best, are what is measured and compared.
+         --filter: DIR_filtered, pair folders.
 Needs:   mask2former.py, diffusion.py (device, seeds, the run folder), data/pairs.py.
 
     python train.py                                             # makes what is missing, trains, evaluates
@@ -35,6 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -46,12 +50,13 @@ from tqdm import tqdm
 
 from data.pairs import (CROWD, ROOT, FlagParser, PairFolder, category, check_classes, contact_sheet,
                         count_classes, dataset_name, describe_classes, find_split, has_left_or_right,
-                        image_id, number, outline, palette, picture_size, read_json, run, some_sizes, spread,
-                        write_json, write_mask, write_picture)
-from diffusion import (RunFolder, accumulate_gradients, load_strict, peak_memory, precision, seed_of, setup,
-                       weights_hash, wrap)
-from mask2former import (PRESETS, TASKS, Mask2Former, average_count, final_predictions, load, postprocess,
-                         predict, save, targets, weight_files)
+                        image_id, link, number, outline, palette, picture_size, read_json, remove_temporary,
+                        run, some_sizes, spread, unfinished, write_json, write_mask, write_picture,
+                        write_text)
+from diffusion import (RunFolder, accumulate_gradients, check_output, load_strict, peak_memory, precision,
+                       seed_of, setup, weights_hash, wrap)
+from mask2former import (PRESETS, TASKS, Mask2Former, average_count, class_scores, final_predictions, load,
+                         postprocess, predict, save, targets, weight_files)
 
 # What a recipe decides. A flag of the same name overrides it.
 #   step_images  of all ranks and micro-batches together
@@ -166,7 +171,7 @@ class Batches(Dataset):
         ids, instances = maps.as_subclass(torch.Tensor)
         target = targets(ids, instances, self.isthing, self.task)
         target["labels"] = self.labels[target["labels"]]              # (N,)
-        if not self.void_is_background:
+        if folder.filtered or not self.void_is_background:            # what is filtered has a class
             target["valid"] = ids > 0
         return image.as_subclass(torch.Tensor), target
 
@@ -787,6 +792,80 @@ def spelling(name):
     return " ".join(first.replace("-", " ").replace("_", " ").split())
 
 
+# ---- filtering ---------------------------------------------------------------------------------------------
+# As in FreeMask (2310.15160). An image does not follow its mask everywhere. A segmenter trained on real
+# pairs, the judge, finds such pixels: their loss is high for their class.
+
+TOLERANCE = 1.25       # FreeMask's: a pixel is filtered if its loss is over this many times its class's mean
+
+
+@torch.no_grad()
+def pixel_losses(model, pairs, sides=None):
+    """Yield (i, ids, loss) of each pair of a PairFolder; ids (H, W), loss (H, W): 0 where the pixel is void.
+
+    The loss of a pixel is -log of the probability of its true class: that class's score in semantic inference
+    (see `class_scores`) divided by the sum over all classes. sides: as in `segment`.
+    """
+    device = next(model.parameters()).device
+    indices = tqdm(range(len(pairs)), f"judge {pairs.folder.name}", leave=False)
+    for batch in read_batches(pairs, indices, 1 if sides else 16):
+        x = torch.stack([to_tensor(pair["image"]) for _, pair in batch]).to(device) / 255
+        predictions = final_predictions(model, resize(x, *sides) if sides else x)
+        for (i, pair), prediction in zip(batch, predictions):
+            label = torch.tensor(pair["ids"], device=device).long() - 1      # (H, W), void -1
+            scores = class_scores(prediction, label.shape).clamp(min=1e-30)  # (K, H, W); not 0
+            loss = F.cross_entropy(scores.log()[None], label[None], ignore_index=-1, reduction="none")
+            yield i, pair["ids"], loss[0].cpu().numpy()
+
+
+def class_losses(model, pairs, sides=None):
+    """The mean loss of the pixels of each class of a PairFolder -> (K + 1,), void first; infinite for a class
+    without pixels, which the judge cannot know."""
+    sums, counts = np.zeros((2, len(pairs.classes) + 1))
+    for _, ids, loss in pixel_losses(model, pairs, sides):
+        sums += np.bincount(ids.ravel(), loss.ravel(), len(sums))
+        counts += np.bincount(ids.ravel(), minlength=len(counts))
+    return np.divide(sums, counts, out=np.full_like(sums, np.inf), where=counts > 0)
+
+
+def filter_pairs(model, pairs, limits, out, meta, sides=None):
+    """Write a copy of a synthetic PairFolder in which pixels of a high loss are void -> (2, K + 1): of each
+    class id the filtered pixels, and all of them.
+
+    model      the judge
+    limits     (K + 1,): a pixel is filtered if its loss is over the limit of its class id
+    out, meta  the folder to write, and the content of its meta.json
+
+    Everything but masks is a link to a file of `pairs`. OUT/hardness.json holds {source: mean loss over the
+    labelled pixels of a mask, averaged over its images}. Until the folder is complete a marker stands beside
+    it, so that nobody takes a part for the whole; after a killed run it is written again.
+    """
+    write_text(unfinished(out), "")
+    remove_temporary(out)
+    write_json(out / "meta.json", meta)
+    counts, losses = np.zeros((2, len(limits)), np.int64), {}
+    for i, ids, loss in pixel_losses(model, pairs, sides):
+        high = loss > limits[ids]
+        write_mask(out / "masks" / f"{pairs.names[i]}.png", ids * ~high, len(pairs.classes))
+        counts += [np.bincount(part.ravel(), minlength=len(limits)) for part in (ids[high], ids)]
+        source = pairs.names[i].rpartition("_")[0]                    # NAME of NAME_00
+        losses.setdefault(source, []).append(loss.sum() / max(1, np.count_nonzero(ids)))
+    for path in pairs.files():
+        if path.is_file() and path.parent.name != "masks":
+            link(path, out / path.relative_to(pairs.folder))
+    write_json(out / "hardness.json", {source: float(np.mean(values)) for source, values in losses.items()})
+    unfinished(out).unlink()
+    return counts
+
+
+def describe_filtered(counts, classes):
+    """What `filter_pairs` returned as text: the filtered share of all pixels and of three classes."""
+    share = 100 * counts[0] / np.maximum(counts[1], 1)                # (K + 1,)
+    most = [f"{classes[k - 1]['name']} {share[k]:.1f} %" for k in np.argsort(-share[1:])[:3] + 1]
+    total = 100 * counts[0].sum() / max(1, counts[1, 1:].sum())
+    return f"{total:.1f} % of the pixels filtered, the most of {', '.join(most)}"
+
+
 # ---- the script --------------------------------------------------------------------------------------------
 
 def recipe_table():
@@ -841,6 +920,11 @@ def flags():
     add("--seed", type=number(int, 0), default=0, help="another seed, another run")
     add("--eval-every", type=number(int, 0), metavar="STEPS", help="evaluate on val so often, and keep the "
         "best weights as best.safetensors; 0: only at the end")
+    add = parser.add_argument_group("filtering without training").add_argument
+    add("--judge", type=Path, metavar="W", help="a segmenter trained on real pairs, as for --init")
+    add("--filter", type=Path, nargs="+", metavar="DIR", help="write DIR_filtered, a copy of each synthetic "
+        f"folder in which pixels are void where the judge's loss is over {TOLERANCE} times the mean of their "
+        "class on real pairs; and hardness.json for imgsyn.py")
     add = parser.add_argument_group("evaluation without training").add_argument
     add("--eval-only", action="store_true", help="evaluate --init, or what --out holds, or demo weights")
     add("--predictions", type=Path, metavar="DIR", help="write the predictions as pair folders")
@@ -851,9 +935,11 @@ def flags():
 # (flag, other, together): the flag does something only together with the other one, or only without it
 RULES = [("predictions", "eval_only", True), ("multi_scale", "eval_only", True), ("new_head", "init", True),
          ("preset", "init", False), ("p_synth", "pretrain", False)]
-RULES += [(flag, "eval_only", False) for flag in (
-    "synth", "new_head", "preset", "steps", "batch", "accumulate", "lr", "p_synth", "pretrain", "limit_real",
-    "compile", "workers", "seed", "eval_every")]
+RULES += [("judge", "filter", True), ("filter", "judge", True), ("limit_real", "eval_only", False)]
+RULES += [(flag, other, False) for other in ("eval_only", "filter") for flag in (
+    "synth", "new_head", "preset", "steps", "batch", "accumulate", "lr", "p_synth", "pretrain", "compile",
+    "workers", "seed", "eval_every")]
+RULES += [(flag, "filter", False) for flag in ("out", "init", "task", "splits", "eval_pairs", "eval_only")]
 
 
 def parse(parser, argv):
@@ -1059,6 +1145,42 @@ def check_predictions(folder, splits):
                              "or evaluate one set at a time")
 
 
+def filtered_copy(args, folder, real, judge):
+    """A folder of --filter -> its PairFolder, the path of its filtered copy and the copy's meta.json.
+
+    judge: the hash of the judge's weights. Raises ValueError where the folder is not of a synthesis, or the
+    copy is there with other settings, data or weights.
+    """
+    pairs = open_pairs(folder, "semantic", real.classes)
+    if pairs.filtered or not (folder / "meta.json").is_file():
+        raise ValueError(f"{folder}: no folder of a synthesis, or filtered already. Give one that masksyn.py "
+                         "or imgsyn.py made")
+    meta = read_json(folder / "meta.json")
+    meta["filter"] = dict(judge=judge, tolerance=TOLERANCE, sides=list(args.sides or ()),
+                          real=real.fingerprint(), pairs=pairs.fingerprint())
+    out = Path(f"{folder}_filtered")
+    check_output(out, meta)
+    return pairs, out, meta
+
+
+def run_filter(args):
+    """What the script does with --filter: a filtered copy of each folder, unless it is complete."""
+    if args.world > 1:
+        raise ValueError("--filter runs in one process. Start it without torchrun")
+    real = open_pairs(find_split(args.data, "train"), "semantic", limit=args.limit_real)
+    model = build(real.classes, init=args.judge).to(args.device).eval()
+    judge = " ".join(weights_hash(path) for path in weight_files(args.judge))
+    limits = None
+    for pairs, out, meta in [filtered_copy(args, folder, real, judge) for folder in args.filter]:
+        if (out / "meta.json").exists() and not unfinished(out).exists():
+            print(f"{out}: is complete")
+            continue
+        if limits is None:
+            limits = TOLERANCE * class_losses(model, real, args.sides)
+        counts = filter_pairs(model, pairs, limits, out, meta, args.sides)
+        print(f"{out}: {describe_filtered(counts, real.classes)}")
+
+
 def print_results(args, scores):
     """The metrics of each split, those of the classes of one, where the files are and what to run next."""
     score, judge = SCORE[args.task], judged_split(scores)
@@ -1076,6 +1198,8 @@ def print_results(args, scores):
 
 def main(argv=None):
     args = parse(flags(), argv)
+    if args.filter:
+        return run_filter(args)
     args.out = args.out or Path("out") / dataset_name(args.data) / "mask2former"
     real, splits = open_data(args)
     scores = run_evaluation(args, real, splits) if args.eval_only else run_training(args, real, splits)

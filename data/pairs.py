@@ -313,6 +313,12 @@ class PairFolder:
         """{name: i}."""
         return {name: i for i, name in enumerate(self.names)}
 
+    @functools.cached_property
+    def filtered(self):
+        """Whether train.py --filter made this folder: 0 in a mask is then a pixel to ignore."""
+        meta = self.folder / "meta.json"
+        return meta.is_file() and "filter" in read_json(meta)
+
     def mask_path(self, i):
         return self.folder / "masks" / f"{self.names[i]}.png"
 
