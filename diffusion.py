@@ -193,8 +193,9 @@ def denoiser(model, schedule, cond, uncond=None, guidance=1.0, interval=ALWAYS, 
 
     cond, uncond  tuples of further arguments of the model, for B samples with and without their condition
     guidance      classifier-free guidance: out = uncond + guidance (cond - uncond); 1 = none
-    interval      guide only while sigma is between these two: in strong noise guidance makes all samples
-                  alike, and at the end, when what a picture shows is settled, it exaggerates (2404.07724)
+    interval      guide only while interval[0] < sigma <= interval[1]: in strong noise guidance makes all
+                  samples alike, and at the end, when what a picture shows is settled, it exaggerates
+                  (2404.07724)
     decode        turns outputs into x0 where they are neither x0, v nor noise (Text2Mask's logits)
     """
     guided = uncond is not None and guidance != 1
@@ -778,16 +779,14 @@ def read_header(path):
         return header
 
 
-def read_checkpoint(path, *kinds):
-    """A checkpoint of one of the classes named `kinds` -> (config, state dict in fp32). Raises ValueError."""
-    wanted = " or a ".join(kinds)
+def read_checkpoint(path, kind):
+    """A checkpoint of the class named `kind` -> (config, state dict in fp32). Raises ValueError."""
     with open_checkpoint(path) as (file, header):
         state = {name: file.get_tensor(name) for name in file.keys()}
     if header.get("format") != FORMAT:
-        raise ValueError(f"{path}: its format is {header.get('format')}, not {FORMAT}. Give a {wanted} of "
-                         "ours")
-    if header["class"] not in kinds:
-        raise ValueError(f"{path}: holds a {header['class']}, not a {wanted}. Give another checkpoint")
+        raise ValueError(f"{path}: its format is {header.get('format')}, not {FORMAT}. Give a {kind} of ours")
+    if header["class"] != kind:
+        raise ValueError(f"{path}: holds a {header['class']}, not a {kind}. Give another checkpoint")
     if not all(t.isfinite().all() for t in state.values()):
         raise ValueError(f"{path}: some weights are not finite. Train it again with a lower learning rate")
     return header["config"], {k: t.float() if t.is_floating_point() else t for k, t in state.items()}

@@ -29,7 +29,7 @@ def count_images(path, sources, names, per_mask):
     path      a JSON file {source: hardness}
     sources   the masks that get images, n of them
     names     all masks of the data
-    per_mask  N, the mean number of images, over 1
+    per_mask  N, the mean number of images, at least 2
 
     The mask of rank r (0 the easiest) gets 1 + round((2 r + 1) (N - 1) / n) images: from 1 to at most 2 N - 1
     and n N in all. Raises ValueError where the file is of other masks. FreeMask's resampling (2310.15160).
@@ -51,7 +51,7 @@ def main(argv=None):
     parser.add_argument("--split", default="train", help="the split whose masks are used")
     parser.add_argument("--hardness", type=Path, metavar="FILE", help="hardness.json of train.py --filter: "
                         "the number of images grows linearly with the rank of a mask's hardness, from 1 to "
-                        "2 N - 1, N on average")
+                        "2 N - 1, N of --per-mask on average. Give another --out too")
     args = parser.parse_args(argv)
     device, _, _ = diffusion.setup(args.device)
     path = find_generators(args, ("mask2img",))["mask2img"]
@@ -76,6 +76,8 @@ def main(argv=None):
         return paint(jobs, captions, masks, pairs.has_instances, mask2img, args)
     out = args.out or Path("out") / dataset_name(args.data) / "imgsyn"
     meta = describe(args, pairs.fingerprint(), mask2img=path)
+    if args.hardness:
+        meta["hardness"] = diffusion.weights_hash(args.hardness)
     synthesize(args, out, sources, make, pairs.classes, meta)
 
 

@@ -9,10 +9,10 @@ Paper:   SegGen (2311.03355) section 3, Mask2Img: SDXL-base frozen + ControlNet 
          steps [N, R].
 Differs: on small data the base is a pixel-space UNet of our own whose ControlNet sees a channel per code
          instead of three colours; --unfreeze trains the base along with the ControlNet; without --init both
-         start from scratch together. Guidance is about the caption: the mask is shown with and without it, as
+         start from scratch together. Guidance contrasts caption and no caption: both passes see the mask, as
          in the public pipeline.
 Reads:   data/NAME/{train,val,unlabelled} pair folders; --init: a base, or SDXL's public folder.
-Writes:  out/NAME/base, out/NAME/mask2img.
+Writes:  out/NAME/base, out/NAME/mask2img; `sample`: out/sample.
 Needs:   unet.py, diffusion.py, text2mask.py, data/pairs.py.
 
     python mask2img.py base --data shapes
@@ -34,12 +34,11 @@ from data.pairs import (FlagParser, PairFolder, check_classes, contact_sheet, co
                         describe_classes, find_split, number, outline, palette, read_ids, run, spread,
                         write_picture)
 from diffusion import ALWAYS, Schedule, seed_of
-from text2mask import (DROP, SMALL, CaptionedPairs, TextToImage, apply_recipe, choose_sampling, choose_size,
-                       copy_codes, drop_captions, find_weights, fit_generator, init_flag, load_base,
-                       sampling_flags, to_pixels, training_flags)
+from text2mask import (DROP, SCHEDULE, SMALL, CaptionedPairs, TextToImage, apply_recipe, choose_sampling,
+                       choose_size, copy_codes, default_sampling, drop_captions, find_weights, fit_generator,
+                       init_flag, sampling_flags, to_pixels, training_flags)
 from unet import PRESETS, ControlNet, TextEncoder, UNet
 
-SCHEDULE = dict(kind="cosine", prediction="sample", spacing="trailing")
 MIN_SNR = 5.0  # cap of Schedule.weight; an unweighted loss leaves textures soft
 BASE = dict(SMALL, lr=3e-3)
 CONTROL = dict(SMALL, steps=2600)
@@ -160,7 +159,8 @@ def train_base(args):
 
     def picture(model, path):
         captions = [pairs.captions(i)[0] for i in spread(len(data), 32)]
-        x0 = model.generate(captions, range(len(captions)), 15, 1.5, "dpm++")
+        sampling = default_sampling(model, "mask2img")
+        x0 = model.generate(captions, range(len(captions)), **sampling, sampler="dpm++")
         contact_sheet({"sample": list(to_pixels(x0))}, captions).save(path)
     fit_generator(model, loss, data, args, "base", picture,
                   following="python text2mask.py train --data {data} --init {out}")
@@ -183,21 +183,19 @@ def new_model(args, classes, device):
             _, state = diffusion.read_checkpoint(args.init, "Mask2Img")
             diffusion.load_strict(model.controlnet, state, args.init)
         return model
-    base = small_base(args.size)
-    own = dict(PRESETS["tiny"]["controlnet"], conditioning_channels=len(classes) + 2)
+    base, earlier = small_base(args.size), None
     if args.init:
-        base = load_base(args.init)
+        if diffusion.read_header(args.init).get("class") == "Mask2Img":
+            base = earlier = diffusion.load(Mask2Img, args.init)
+        else:
+            base = diffusion.load(TextToImage, args.init)
         base.requires_grad_(args.unfreeze)
-    if args.init and not args.new_controlnet and diffusion.read_header(args.init)["class"] == "Mask2Img":
-        earlier = diffusion.load(Mask2Img, args.init)
-        own["conditioning_embedding_out_channels"] = (
-            earlier.config["controlnet"]["conditioning_embedding_out_channels"])
-        controlnet = ControlNet.from_unet(base.unet, **own)
+    config = earlier.config["controlnet"] if earlier else PRESETS["tiny"]["controlnet"]
+    controlnet = ControlNet.from_unet(base.unet, **dict(config, conditioning_channels=len(classes) + 2))
+    if earlier:
         diffusion.load_matching(controlnet, earlier.controlnet.state_dict())
         for old, new in zip(layers_of_codes(earlier.controlnet), layers_of_codes(controlnet)):
             copy_codes(old, new, 1, earlier.config["classes"], classes)
-    else:
-        controlnet = ControlNet.from_unet(base.unet, **own)
     return Mask2Img(base.unet, base.text, base.schedule, controlnet, **options)
 
 
@@ -245,7 +243,8 @@ def draw_samples(model, data, indices):
     captions = [data.pairs.captions(i)[0] for i in indices]
     classes = data.pairs.classes
     rows = {"mask": list(palette(len(classes))[codes]),
-            "sample": list(model.sample(codes, captions, range(len(items)))),
+            "sample": list(model.sample(codes, captions, range(len(items)),
+                                        **default_sampling(model, "mask2img"))),
             "real": list(to_pixels(torch.stack([item["image"] for item in items])))}
     return contact_sheet(rows, captions, classes)
 
@@ -299,8 +298,6 @@ def main(argv=None):
     init_flag(p, "Mask2Img")
     p.add_argument("--controlnet", type=Path, help="SDXL: a public ControlNet to start from")
     p.add_argument("--edges", action="store_true", help="masks have every segment outlined")
-    p.add_argument("--new-controlnet", action="store_true",
-                   help="of a Mask2Img in --init, take the base alone")
     p.add_argument("--unfreeze", action="store_true", help="train the base as well")
     p.set_defaults(command=train)
     p = commands.add_parser("sample", help="paint images of one mask")

@@ -5,8 +5,8 @@ what a segmenter can learn is not capped by another segmenter.
 
 Paper:   SegGen (2311.03355) section 3, MaskSyn. ADE20K: 10 new pairs a training image; masks in 200 steps of
          EDM's sampler, images in 40 steps [N].
-Differs: EDM in 12 steps (masks), DPM-Solver++(2M) in 15 (images); masks are cleaned of specks; instances are
-         connected regions.
+Differs: DPM-Solver++(2M), 12 steps for masks and 15 for images, more on SDXL; masks are cleaned of specks;
+         instances are connected regions. --mask-sampler edm --mask-steps 200 is the paper's way.
 Reads:   captions/ of --data's train split, or --captions FILE; a trained Text2Mask and Mask2Img.
 Writes:  OUT pair folder (classes.json, images, masks, instances, captions), meta.json, samples.png.
 Needs:   unet.py, diffusion.py, text2mask.py, mask2img.py, data/pairs.py.

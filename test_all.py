@@ -1570,7 +1570,7 @@ def test_training_on_other_classes_begins_with_all_weights_that_fit(tmp_path, mo
     cls = dict(text2mask=Text2Mask, mask2img=Mask2Img)[module.__name__]
     old = diffusion.load(cls, SHIPPED / module.__name__).state_dict()
     args = SimpleNamespace(init=SHIPPED / module.__name__, sdxl=None, size=(32, 48), edges=False,
-                           unfreeze=False, controlnet=None, rank=None, new_controlnet=False)
+                           unfreeze=False, controlnet=None, rank=None)
     classes = [dict(name=f"class{k}", isthing=False) for k in range(count)]
     new = module.new_model(args, classes, torch.device("cpu")).state_dict()
     assert {key for key, value in new.items() if not torch.equal(value, old[key])} == (
@@ -1584,9 +1584,9 @@ def test_classes_that_both_models_know_keep_their_channels(module):
     names = [c["name"] for c in old.config["classes"]]
     order = ["fog", *reversed(names)]  # a class more, and the others in another order
     args = SimpleNamespace(init=SHIPPED / module.__name__, sdxl=None, size=(64, 64), edges=False, rank=None,
-                           unfreeze=False, controlnet=None, new_controlnet=False)
+                           unfreeze=False, controlnet=None)
     new = module.new_model(args, [dict(name=name, isthing=False) for name in order], torch.device("cpu"))
-    sources = [0, None, *(1 + names.index(name) for name in order[1:]), len(names) + 1]  # void, fog, ..., edge
+    sources = [0, None, *(1 + names.index(name) for name in order[1:]), len(names) + 1]
     if module is mask2img:
         layers, dim = [mask2img.layers_of_codes(model.controlnet) for model in (old, new)], 1
     else:
@@ -1825,8 +1825,7 @@ def classes(split, *names):
     (None, "masksyn", "--data mine/data/ --prompt x", "out/data/text2mask: no trained weights"),
     (None, "masksyn", "--captions shapes/train/classes.json/x", "x"),
     (None, "masksyn", f"--text2mask {SHIPPED / 'mask2img'}", "holds a Mask2Img, not a Text2Mask"),
-    (None, "mask2img train", f"--init {SHIPPED / 'text2mask'}", "a Text2Mask, not a TextToImage or a Mask2Img"),
-    (None, "text2mask train", f"--init {SHIPPED / 'mask2former'}", "Give a TextToImage or a Mask2Img of ours"),
+    (None, "text2mask train", f"--init {SHIPPED / 'mask2img'}", "holds a Mask2Img, not a TextToImage"),
     (None, "text2mask train", "--size 20", "size 20 x 20: not a multiple of 8"),
     (None, "text2mask train", "--rank 4", "--rank keeps the weights of a base. Give one by --init"),
     (None, "mask2img train", "--controlnet nothing", "--controlnet goes with SDXL"),
@@ -1876,7 +1875,7 @@ def test_a_worker_that_reads_a_bad_picture_ends_in_one_line(world, tmp_path, mon
 def test_a_base_or_data_of_the_same_name_but_changed_does_not_resume(world, tmp_path):
     data = shutil.copytree(world, tmp_path / "data")
     base, out = tmp_path / "base", tmp_path / "m"
-    diffusion.save(text2mask.load_base(SHIPPED / "mask2img"), base)  # the base in a Mask2Img
+    diffusion.save(mask2img.small_base((64, 64)), base)
     command = mask2img, "train", "--data", data, "--init", base, *TRAIN, "--unfreeze", "--out", out
     call(*command)
     before = snapshot(out)
@@ -4389,10 +4388,10 @@ def test_the_figures_of_a_mask_counted_by_hand():
             ("A car.", (1, 1), (1, 1), (0, 0), (1, 2), (1, 1)),
             ("sky, hill", (2, 2), (0, 0), (2, 2), (2, 3), (0, 0)),
             ("two cars on a hill", (2, 2), (1, 1), (1, 1), (2, 2), (0, 1))):
-        assert masks.judge(ids, instances, caption, classes, words) == dict(
+        assert masks.check(ids, instances, caption, classes, words) == dict(
             specks=(7, 200), recall=recall, recall_things=things, recall_stuff=stuff, precision=precision,
             number=number)
-    assert masks.judge(ids, instances, "A car.", classes, words, complete=False)["precision"] == (1, 0)
+    assert masks.check(ids, instances, "A car.", classes, words, complete=False)["precision"] == (1, 0)
     colour_map = encode(ids, 4).astype(float)
     colour_map[8:, :5] += 13   # in three channels: 22.5 grey levels
     colour_map[6:8, :5] += 11  # 19.1
@@ -4409,9 +4408,10 @@ def test_real_masks_obey_their_captions(world):
         codes = next(parts)
         return codes, palette(len(pairs.classes))[codes] * 1.0
     model = SimpleNamespace(sample=sample_masks)
-    args = SimpleNamespace(batch=3, seed=0, steps=1, guidance=1.0, guidance_interval=(0, 9), sampler="edm")
+    args = SimpleNamespace(batch=3, seed=0, steps=1, guidance=1.0, guidance_interval=(0, 9),
+                           min_region=8, sampler="edm")
     words, complete = masks.class_words(pairs)
-    figures = masks.summarise(masks.judge_samples(model, pairs, words, complete, args)[0])
+    figures = masks.summarise(masks.check_samples(model, pairs, words, complete, args)[0])
     assert figures["off_colour"] == 0 and figures["recall"] == figures["precision"] == 100
     assert figures["recall_things"] == figures["recall_stuff"] == 100 and figures["number"] > 70
 

@@ -10,9 +10,10 @@ Paper:   SegGen (2311.03355) section 3, Text2Mask: SDXL-base fine-tuned on (capt
          steps [N]. The palette explains every pixel of the authors' published pictures [D].
 Differs: on small data the base is a small pixel-space UNet of our own with a logit per colour; masks are
          cleaned of specks (the paper's are not); edges between instances are one pixel wide [?]. --rank
-         fine-tunes by LoRA (2106.09685): the base is frozen, and low-rank matrices are trained.
-Reads:   data/NAME/{train,val} pair folders; --init: a base of mask2img.py, or SDXL's public folder.
-Writes:  out/NAME/text2mask.
+         fine-tunes by LoRA (2106.09685): low-rank matrices beside the frozen attentions of the base are
+         trained, and on a small base the input convolution and the head, which are new to masks.
+Reads:   the pair folder data/NAME/train; --init: a base of mask2img.py, or SDXL's public folder.
+Writes:  out/NAME/text2mask; `sample`: out/sample.
 Needs:   unet.py, diffusion.py, data/pairs.py.
 
     python text2mask.py sample --prompt "two red houses by the water at sunset"
@@ -42,14 +43,15 @@ from diffusion import ALWAYS, SAMPLERS, Schedule, seed_of
 from unet import PRESETS, VAE, SDXLText, TextEncoder, UNet
 
 DROP = 0.1  # share of captions left out in training, for classifier-free guidance
-# Defaults of the training commands: those of SDXL where --init is its folder; batch and EMA are ours [?].
+# Defaults of the training commands: those of SDXL where --init is its folder; its batch is ours [?].
 SMALL = dict(steps=5000, batch=16, lr=2e-3, workers=0, save_every=500)
 SDXL = dict(steps=30_000, batch=4, lr=1e-5, workers=4, save_every=2500)
 # Defaults of sampling, of the small models and on SDXL. The paper takes 200 steps of EDM's sampler for masks
 # and 40 for images [N]; the rest is ours [?].
 STEPS = {"text2mask": (12, 25), "mask2img": (15, 40)}
 GUIDANCE = {"text2mask": (1.0, 2.0), "mask2img": (1.5, 5.0)}
-MIN_REGION = (8, 50)  # pixels; of the ghosts that the VAE's blur leaves between classes, 50 removes most
+MIN_REGION = (8, 50)  # pixels. The VAE's blur leaves thin false regions between classes: 50 removes most
+SCHEDULE = dict(kind="cosine", prediction="sample", spacing="trailing")  # of the small models
 SDXL_LOOP = dict(warmup=500, decay="constant", ema=0.9999)
 
 
@@ -92,7 +94,7 @@ def components(values):
         low = np.minimum(label[a], label[b])
         np.minimum.at(label, label[a], low)
         np.minimum.at(label, label[b], low)
-        # A label is the index of a pixel of the region: jump along until all point at one that is its own.
+        # A label is the index of a pixel of the region: take its label's label until every one is its own.
         while not np.array_equal(shorter := label[label], label):
             label = shorter
         apart = label[a] != label[b]
@@ -108,7 +110,7 @@ def grow(known, *maps):
         for axis, shift in ((0, 1), (0, -1), (1, 1), (1, -1)):
             take = np.roll(before, shift, axis)
             lines = take if axis == 0 else take.T
-            lines[0 if shift == 1 else -1] = False  # np.roll brings it in from the other side
+            lines[0 if shift == 1 else -1] = False  # np.roll wraps around; lines is a view of take
             take &= ~known
             for m in maps:
                 m[take] = np.roll(m, shift, axis)[take]
@@ -338,8 +340,8 @@ class TextToImage(nn.Module):
         self.unet.enable_checkpointing()
 
     def autocast(self):
-        """bf16 on CUDA for samples of a model on SDXL in training, whose weights are fp32. Small models
-        sample in fp32; a loaded model on SDXL is bf16 already."""
+        """For sampling while SDXL is trained, when what is trained is fp32: bf16 on CUDA. Small models sample
+        in fp32, and a model on SDXL that was loaded is bf16 already."""
         weight = next((getattr(self, "checkpoint_part", None) or self.unet).parameters())
         if self.vae is None or weight.dtype == torch.bfloat16:
             return contextlib.nullcontext()
@@ -370,15 +372,6 @@ class TextToImage(nn.Module):
             denoise = diffusion.denoiser(self, self.schedule, cond, uncond, guidance, interval, decode)
             z = diffusion.sample(denoise, self.schedule, randn(), steps, sampler, randn)
             return self.from_latents(z)
-
-
-def load_base(path):
-    """The TextToImage of a checkpoint: of a base, or of a Mask2Img, which holds the base it stands on."""
-    config, state = diffusion.read_checkpoint(path, "TextToImage", "Mask2Img")
-    model = TextToImage.from_config({key: config[key] for key in ("unet", "text", "schedule", "size")})
-    state = {key: value for key, value in state.items() if not key.startswith("controlnet.")}
-    diffusion.load_strict(model, state, path)
-    return model
 
 
 def drop_captions(tokens, keep):
@@ -424,7 +417,8 @@ class Text2Mask(TextToImage):
     @classmethod
     def from_base(cls, base, size, classes, edges=False, rank=None):
         """On a small base, or a Text2Mask of other classes: its weights, except those of the last
-        convolution, which gives a logit per code. Of these a Text2Mask gives the codes that both know."""
+        convolution, which gives a logit per code. From a Text2Mask, the channels of void, of the edge and of
+        classes with the same name are copied."""
         unet = UNet(**dict(base.unet.config, out_channels=len(classes) + 2))
         diffusion.load_matching(unet, base.unet.state_dict())
         if isinstance(base, Text2Mask):
@@ -497,10 +491,10 @@ def copy_codes(old, new, dim, old_classes, new_classes):
 
     dim: that of the codes in the weights; 0: the convolution gives them, 1: it reads them.
     """
-    old_codes, new_codes = ([0, *(c["name"] for c in classes), 1] for classes in (old_classes, new_classes))
-    for k, code in enumerate(new_codes):
-        if code in old_codes:
-            source = old_codes.index(code)
+    old_labels, new_labels = ([0, *(c["name"] for c in classes), 1] for classes in (old_classes, new_classes))
+    for k, label in enumerate(new_labels):  # 0 is void, 1 the edge
+        if label in old_labels:
+            source = old_labels.index(label)
             new.weight.select(dim, k).copy_(old.weight.select(dim, source))
             if dim == 0:
                 new.bias[k] = old.bias[source]
@@ -562,7 +556,7 @@ def apply_recipe(args):
     """
     args.sdxl = None
     if args.init and networks.is_sdxl(args.init):
-        args.sdxl = args.init = args.init.resolve()  # a checkpoint names its base
+        args.sdxl = args.init = args.init.resolve()  # absolute: the checkpoint stores this path
     elif args.init and not args.init.exists():
         raise ValueError(f"{args.init}: no such folder. Give one of mask2img.py base, or SDXL's, which "
                          "docs/paper_scale.md says how to download")
@@ -576,7 +570,7 @@ def apply_recipe(args):
 def choose_size(args, pairs):
     """--size, or the shape of a typical picture with the recipe's number of pixels -> (H, W).
 
-    It is that of all pairs of the folder, whatever --limit: both generators need one size.
+    The shape is the median of the whole folder, even with --limit, so that both generators agree.
     """
     if args.size:
         return args.size
@@ -588,12 +582,19 @@ def choose_size(args, pairs):
 
 
 def find_weights(data, stage, given=None):
-    """The folder given, else what was trained in out/NAME/STAGE, else the shipped weights of this data."""
+    """The folder given, else what was trained in out/NAME/STAGE, else the shipped weights of this data, else
+    out/NAME/STAGE, where they are missed."""
     trained = Path("out") / dataset_name(data) / stage
     shipped = ROOT / "weights" / dataset_name(data) / stage
     if given:
         return given
     return shipped if shipped.is_dir() and not diffusion.checkpoint_file(trained).exists() else trained
+
+
+def default_sampling(model, stage):
+    """The steps and guidance of a Text2Mask or Mask2Img (stage): of a small model, or of one on SDXL."""
+    on_sdxl = model.vae is not None
+    return dict(steps=STEPS[stage][on_sdxl], guidance=GUIDANCE[stage][on_sdxl])
 
 
 def sampler_flags(parser, stage, prefix=""):
@@ -606,18 +607,18 @@ def sampler_flags(parser, stage, prefix=""):
     add(f"--{prefix}guidance", type=number(float, 0),
         help=f"classifier-free guidance of {what}; 1 = none {default(GUIDANCE)}")
     add(f"--{prefix}guidance-interval", type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"),
-        help="guide only at noise levels (sigma) between these (default: all: 0 to 80; on SDXL 0 to 14.6)")
+        help=f"guide {what} only at noise levels (sigma) between these (default: all, which are 0 to 80, on "
+             "SDXL 0 to 14.6)")
     add(f"--{prefix}sampler", choices=tuple(SAMPLERS), default="dpm++",
-        help="edm evaluates the network twice a step and adds fresh noise")
+        help=f"of {what}; edm evaluates the network twice a step and adds fresh noise")
 
 
 def choose_sampling(args, model, stage, prefix=""):
     """Set the flags of `sampler_flags` that were not given to the model's defaults: small, or on SDXL."""
-    on_sdxl = model.vae is not None
-    defaults = {f"{prefix}steps": STEPS[stage][on_sdxl], f"{prefix}guidance": GUIDANCE[stage][on_sdxl],
-                f"{prefix}guidance_interval": ALWAYS}
+    defaults = {prefix + key: value for key, value in default_sampling(model, stage).items()}
+    defaults[f"{prefix}guidance_interval"] = ALWAYS
     if stage == "text2mask":
-        defaults["min_region"] = MIN_REGION[on_sdxl]
+        defaults["min_region"] = MIN_REGION[model.vae is not None]
     for key, value in defaults.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
@@ -629,10 +630,10 @@ def region_flag(parser):
                              "(default: {}; on SDXL {})".format(*MIN_REGION))
 
 
-def sampling_flags(parser, stage):
-    """The flags of sampling from a trained Text2Mask or Mask2Img alone."""
+def sampling_flags(parser, stage, data="shapes"):
+    """The flags of sampling from one trained Text2Mask or Mask2Img; data: whose weights are the default."""
     add = parser.add_argument
-    add("--init", type=Path, help=f"trained model (default: out/shapes/{stage}, else the shipped one)")
+    add("--init", type=Path, help=f"trained model (default: out/{data}/{stage}, else the shipped one)")
     sampler_flags(parser, stage)
     add("--seed", type=int, default=0, help="another seed, other samples")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ...")
@@ -644,7 +645,7 @@ def fit_generator(model, loss, data, args, stage, picture, measure=None, followi
     following: the command that comes next, for the last line.
     """
     # Settings that a resumed run must share, in addition to diffusion.fit's own.
-    keys = ("data", "split", "init", "limit", "unfreeze", "controlnet", "new_controlnet")
+    keys = ("data", "split", "init", "limit", "unfreeze", "controlnet")
     settings = {key: str(getattr(args, key)) for key in keys if hasattr(args, key)}
     settings["pairs"] = data.pairs.fingerprint()
     if args.init and args.init != args.sdxl:  # SDXL's folder does not change: its name is enough
@@ -661,8 +662,9 @@ def fit_generator(model, loss, data, args, stage, picture, measure=None, followi
         print(f"{out}: {describe_run(model, data, args, device, world)}", flush=True)
     diffusion.fit(model, loss, data, out, picture=picture, measure=measure, settings=settings, **loop)
     if rank == 0:
+        is_base = args.init and (args.sdxl or diffusion.read_header(args.init)["class"] == "TextToImage")
         print(f"{out}: look at samples.png and log.png. Next: "
-              f"{following.format(data=args.data, out=out, init=args.init or 'BASE')}")
+              f"{following.format(data=args.data, out=out, init=args.init if is_base else 'BASE')}")
 
 
 def describe_run(model, data, args, device, world):
@@ -701,12 +703,12 @@ def new_model(args, classes, device):
             diffusion.load_strict(model.unet, state, args.init)
         return model
     if args.init:
-        again = diffusion.read_header(args.init).get("class") == "Text2Mask"
-        base = diffusion.load(Text2Mask, args.init) if again else load_base(args.init)
+        kind = diffusion.read_header(args.init).get("class")
+        base = diffusion.load(Text2Mask if kind == "Text2Mask" else TextToImage, args.init)
         return Text2Mask.from_base(base, **options)
-    config = dict(PRESETS["tiny"], schedule=dict(kind="cosine", prediction="sample", spacing="trailing"))
+    config = PRESETS["tiny"]
     unet = UNet(**dict(config["unet"], out_channels=len(classes) + 2))
-    return Text2Mask(unet, TextEncoder(**config["text"]), Schedule(**config["schedule"]), **options)
+    return Text2Mask(unet, TextEncoder(**config["text"]), Schedule(**SCHEDULE), **options)
 
 
 def train(args):
@@ -732,7 +734,8 @@ def train(args):
         captions = [pairs.captions(i)[0] for i in chosen]
         colours = palette(len(pairs.classes))
         real = [colours[data[i, 0]["codes"].numpy()] for i in chosen]
-        sampled = list(colours[model.sample(captions, range(len(captions)))])
+        codes = model.sample(captions, range(len(captions)), **default_sampling(model, "text2mask"))
+        sampled = list(colours[codes])
         contact_sheet({"real": real, "sample": sampled}, captions, pairs.classes).save(path)
     following = "python mask2img.py train --data {data} --init {init}"
     fit_generator(model, model.loss, data, args, "text2mask", picture, following=following)
@@ -766,8 +769,8 @@ def main(argv=None):
     p.add_argument("--edges", action="store_true",
                    help="outline every segment, so that touching instances come apart")
     p.add_argument("--rank", type=number(int, 1),
-                   help="freeze the base and train low-rank matrices beside its attentions (LoRA); on SDXL "
-                        "give --lr 1e-4 (default: train all weights)")
+                   help="freeze the base and train matrices of this rank, 8 for instance, beside its "
+                        "attentions (LoRA); on SDXL give --lr 1e-4 (default: train all weights)")
     p.set_defaults(command=train)
     p = commands.add_parser("sample", help="paint the mask of one caption")
     p.add_argument("--prompt", required=True, help="the caption")

@@ -18,6 +18,9 @@ Writes:  out/NAME/mask2former/{model.safetensors, best.safetensors, state.pt, lo
 Needs:   mask2former.py, diffusion.py (device, seeds, the run folder), data/pairs.py.
 
     python train.py                                             # makes what is missing, trains, evaluates
+    python train.py --synth --out out/judge                     # real pairs only
+    python train.py --judge out/judge --filter out/shapes/imgsyn        # FreeMask's filter, then:
+    python train.py --synth out/shapes/imgsyn_filtered --out out/filtered
     python train.py --eval-only --eval-pairs out/shapes/imgsyn  # how well synthetic images show their masks
 
 Dimension key: B batch, H W pixels, K classes, N targets.
@@ -171,7 +174,8 @@ class Batches(Dataset):
         ids, instances = maps.as_subclass(torch.Tensor)
         target = targets(ids, instances, self.isthing, self.task)
         target["labels"] = self.labels[target["labels"]]              # (N,)
-        if folder.filtered or not self.void_is_background:            # what is filtered has a class
+        # Void in a filtered mask is unknown, not background: the loss ignores it.
+        if folder.filtered or not self.void_is_background:
             target["valid"] = ids > 0
         return image.as_subclass(torch.Tensor), target
 
@@ -793,8 +797,8 @@ def spelling(name):
 
 
 # ---- filtering ---------------------------------------------------------------------------------------------
-# As in FreeMask (2310.15160). An image does not follow its mask everywhere. A segmenter trained on real
-# pairs, the judge, finds such pixels: their loss is high for their class.
+# As in FreeMask (2310.15160). A synthetic image does not show everywhere what its mask says. A segmenter
+# trained on real pairs, the judge, finds such pixels: its loss there is far above the mean of their class.
 
 TOLERANCE = 1.25       # FreeMask's: a pixel is filtered if its loss is over this many times its class's mean
 
@@ -837,8 +841,8 @@ def filter_pairs(model, pairs, limits, out, meta, sides=None):
     out, meta  the folder to write, and the content of its meta.json
 
     Everything but masks is a link to a file of `pairs`. OUT/hardness.json holds {source: mean loss over the
-    labelled pixels of a mask, averaged over its images}. Until the folder is complete a marker stands beside
-    it, so that nobody takes a part for the whole; after a killed run it is written again.
+    labelled pixels of a mask, averaged over its images}. A marker beside the folder says that it is not
+    complete; a killed run leaves it there, and the next run writes the folder again.
     """
     write_text(unfinished(out), "")
     remove_temporary(out)
@@ -921,7 +925,8 @@ def flags():
     add("--eval-every", type=number(int, 0), metavar="STEPS", help="evaluate on val so often, and keep the "
         "best weights as best.safetensors; 0: only at the end")
     add = parser.add_argument_group("filtering without training").add_argument
-    add("--judge", type=Path, metavar="W", help="a segmenter trained on real pairs, as for --init")
+    add("--judge", type=Path, metavar="W", help="a segmenter trained on real pairs (train.py --synth): a "
+        "checkpoint, as --init takes it")
     add("--filter", type=Path, nargs="+", metavar="DIR", help="write DIR_filtered, a copy of each synthetic "
         f"folder in which pixels are void where the judge's loss is over {TOLERANCE} times the mean of their "
         "class on real pairs; and hardness.json for imgsyn.py")

@@ -559,7 +559,8 @@ class LoRALinear(nn.Linear):
     """A linear layer W with a low-rank addition: x -> W x + B A x, A (rank, in), B (out, rank).
 
     B starts at zero: nothing is added until it is trained. A starts as every nn.Linear does, and as peft's:
-    kaiming uniform, a = sqrt(5). The addition is not scaled: peft's lora_alpha is the rank."""
+    kaiming uniform, a = sqrt(5). There is no scale, as with peft's lora_alpha equal to the rank. Beside a
+    bf16 W, A and B may be fp32, under autocast."""
 
     def __init__(self, linear, rank):
         bias = linear.bias is not None
@@ -574,9 +575,10 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(net, rank):
-    """Freezes a UNet and adds fp32 matrices to train to the linear layers of its attentions -> the UNet.
+    """Freeze a UNet and add trainable fp32 matrices of that rank beside the linear layers of its attentions
+    -> the UNet.
 
-    The keys of its own weights stay as they are, and its output until the matrices are trained. Source: LoRA
+    Its own weights keep their keys. Its output stays the same until the matrices are trained. LoRA
     (2106.09685)."""
     net.requires_grad_(False)
     for name, layer in list(net.named_modules()):

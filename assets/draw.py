@@ -3,6 +3,7 @@
 Reads:  weights of Text2Mask, Mask2Img and the segmenter.
 Writes: assets/hero.png: caption, mask, image, what the segmenter finds in it; assets/noise.gif: a mask and
         then its image come out of the noise.
+Needs:  the generators, mask2former.py, data/pairs.py.
 
     python assets/draw.py
 """
@@ -33,7 +34,8 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def noise_frames(model, sample):
-    """What the network was given at each call while `sample()` ran, (B, 3, H, W) each: ever less noise."""
+    """Run sample() -> what it returns, and what the network was given at each call: (B, 3, H, W) each, with
+    ever less noise."""
     frames = []
     hook = model.register_forward_hook(lambda _, inputs, output: frames.append(inputs[0]))
     result = sample()
@@ -42,7 +44,7 @@ def noise_frames(model, sample):
 
 
 def to_picture(x, side):
-    """x (3, H, W), 0 is grey -> a PIL picture of that many pixels a side."""
+    """x (3, H, W) in [-1, 1], clipped to it -> a PIL picture of that many pixels a side."""
     pixels = ((x.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
 
@@ -57,6 +59,7 @@ def animate(text2mask, mask2img, caption, path, side=192):
     image, right = noise_frames(
         mask2img, lambda: mask2img.sample(ids[None], [caption], [seed_of(0, "image")]))
     image = torch.from_numpy(image[0]).permute(2, 0, 1) / 127.5 - 1
+    # Every second step of the mask, then every third of the image.
     masks = [x[0] for x in left[::2]] + [mask] * (len(right[::3]) + 1)
     images = [right[0][0]] * len(left[::2]) + [x[0] for x in right[::3]] + [image]
     frames = []

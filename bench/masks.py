@@ -37,13 +37,13 @@ from text2mask import (Text2Mask, choose_sampling, components, find_weights, sam
                        words_of)
 
 SPECK = 8                      # regions under so many pixels
-OFF = 20                       # grey levels from the nearest colour of the palette
+OFF_COLOUR = 20                     # grey levels from the nearest colour of the palette
 REFERENCE = 1000               # training pairs whose things show what a colour looks like
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7,
            "eight": 8, "several": None}
 COLOURS = {"black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow"}
 FIGURES = {
-    "off_colour": f"% of the pixels are over {OFF} grey levels from every colour",
+    "off_colour": f"% of the pixels are over {OFF_COLOUR} grey levels from every colour",
     "specks_sampled": f"% of the pixels are in specks under {SPECK} px, as sampled",
     "specks": "% after cleaning",
     "recall": "% of the named classes are there",
@@ -124,12 +124,12 @@ def speck_pixels(ids):
 
 
 def off_colour_pixels(colour_map, colours):
-    """How many pixels of (H, W, 3) are over OFF grey levels from all of `colours` (K + 2, 3)."""
+    """How many pixels of (H, W, 3) are over OFF_COLOUR grey levels from all of `colours` (K + 2, 3)."""
     nearest = np.full(colour_map.shape[:2], np.inf)                      # (H, W)
     for colour in colours:
         distance = np.linalg.norm(colour_map - colour, axis=-1)
         nearest = np.minimum(nearest, distance)
-    return (nearest > OFF).sum()
+    return (nearest > OFF_COLOUR).sum()
 
 
 def look(image, inside):
@@ -172,7 +172,7 @@ class ColourCheck:
         return sum(right), len(right)
 
 
-def judge(ids, instances, caption, classes, words, complete=True):
+def check(ids, instances, caption, classes, words, complete=True):
     """What a mask shows of its caption -> {figure: (right, of how many)}.
 
     ids, instances (H, W); words: {class: [words]}; complete: whether captions name all that there is.
@@ -203,25 +203,25 @@ def judge(ids, instances, caption, classes, words, complete=True):
 
 # ---- sets of pictures --------------------------------------------------------------------------------------
 
-def judge_pairs(pairs, words, complete, colours=None):
-    """The first caption of each pair against its mask and, with a ColourCheck, its image -> [judge's dicts].
+def check_pairs(pairs, words, complete, colours=None):
+    """The first caption of each pair against its mask and, with a ColourCheck, its image -> [check's dicts].
 
-    Instances are found in the mask as in a sampled one, so that drawn and sampled masks are counted alike.
+    Instances are found in the mask, as in a sampled one: things of a class that touch are one.
     """
     isthing = [c["isthing"] for c in pairs.classes]
     rows = []
     for i in range(len(pairs)):
         pair, caption = pairs.read(i), pairs.captions(i)[0]
         ids, instances = segments(pair["ids"], isthing, 1)
-        row = judge(ids, instances, caption, pairs.classes, words, complete)
+        row = check(ids, instances, caption, pairs.classes, words, complete)
         if colours:
             row["colour"] = colours.count(pair["image"], pair["ids"], caption, words)
         rows.append(row)
     return rows
 
 
-def judge_samples(model, pairs, words, complete, args):
-    """Sample a mask of every pair's first caption -> [judge's dicts], and the seconds that sampling took."""
+def check_samples(model, pairs, words, complete, args):
+    """Sample a mask of every pair's first caption -> [check's dicts], and the seconds that sampling took."""
     classes = pairs.classes
     isthing, colours = [c["isthing"] for c in classes], palette(len(classes)).astype(np.float32)
     rows, seconds = [], 0.0
@@ -231,11 +231,11 @@ def judge_samples(model, pairs, words, complete, args):
         seeds = [seed_of(args.seed, pairs.names[i]) for i in part]
         start = time.perf_counter()
         codes, maps = model.sample(captions, seeds, args.steps, args.guidance, args.sampler, maps=True,
-                                   interval=args.guidance_interval)
-        seconds += time.perf_counter() - start                           # (B, H, W), (B, H, W, 3)
+                                   interval=args.guidance_interval)      # (B, H, W), (B, H, W, 3)
+        seconds += time.perf_counter() - start
         for code, colour_map, caption in zip(codes, maps, captions):
-            ids, instances = segments(code, isthing, SPECK)
-            row = judge(ids, instances, caption, classes, words, complete)
+            ids, instances = segments(code, isthing, args.min_region)
+            row = check(ids, instances, caption, classes, words, complete)
             row["off_colour"] = off_colour_pixels(colour_map, colours), code.size
             row["specks_sampled"] = speck_pixels(code), code.size
             rows.append(row)
@@ -261,7 +261,7 @@ def main(argv=None):
     add("--json", type=Path, metavar="FILE", help="also write the figures here")
     add("--limit", type=number(int, 1), default=300, help="use the first N captions")
     add("--batch", type=number(int, 1), default=25, help="masks at a time")
-    sampling_flags(parser, "text2mask")
+    sampling_flags(parser, "text2mask", "NAME")
     args = parser.parse_args(argv)
     device, _, _ = diffusion.setup(args.device)
     parts = ("image", "ids") if args.pairs else ("ids",)
@@ -272,15 +272,15 @@ def main(argv=None):
         check_classes(made.classes, real.classes, made.folder / "classes.json")
         train = PairFolder(find_split(args.data, "train"), parts, limit=REFERENCE)
         colours = ColourCheck(train, words)
-        rows = judge_pairs(made, words, complete, colours)
-        beside = judge_pairs(real, words, complete, colours)
+        rows = check_pairs(made, words, complete, colours)
+        beside = check_pairs(real, words, complete, colours)
         print(f"{len(rows)} pairs of {made.folder}, beside {len(beside)} of {real.folder}")
     else:
         model = diffusion.load(Text2Mask, find_weights(args.data, "text2mask", args.init), device)
         check_classes(real.classes, model.config["classes"], real.folder / "classes.json")
         choose_sampling(args, model, "text2mask")
-        rows, seconds = judge_samples(model, real, words, complete, args)
-        beside = judge_pairs(real, words, complete)
+        rows, seconds = check_samples(model, real, words, complete, args)
+        beside = check_pairs(real, words, complete)
         print(f"{len(rows)} masks of captions of {real.folder}, beside its own; "
               f"{60 * len(rows) / seconds:.0f} masks a minute")
 
