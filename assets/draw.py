@@ -25,7 +25,7 @@ from text2mask import Text2Mask, find_weights, segments
 CAPTIONS = [
     "two red houses on a green meadow by the lake under a blue sky with the sun",
     "a boat with a white sail on the sea at sunset with two pink clouds",
-    "a woman in blue and a yellow ball on the beach by the sea on a clear day",
+    "a woman in yellow on the beach by the sea, mountains behind, on a clear day",
     "two trees and a white house by a road, hills behind, under a blue sky",
     "three pine trees on the grass by the river, mountains behind, in the morning",
     "two boats with red sails on the lake, grass in front, under a grey sky with a cloud",
