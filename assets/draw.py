@@ -8,6 +8,7 @@ Needs:  the generators, mask2former.py, data/pairs.py.
     python assets/draw.py
 """
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -49,25 +50,26 @@ def to_picture(x, side):
     return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
 
 
-def animate(text2mask, mask2img, caption, path, side=192):
-    """The GIF of one caption: the mask on the left comes first, then the image on the right."""
+def animate(text2mask, mask2img, n, path, side=192):
+    """The GIF of caption n: the mask on the left comes first, then the image on the right."""
+    caption = CAPTIONS[n]
     classes = text2mask.config["classes"]
     isthing = [c["isthing"] for c in classes]
-    codes, left = noise_frames(text2mask, lambda: text2mask.sample([caption], [seed_of(0, "mask")]))
+    codes, left = noise_frames(text2mask, lambda: text2mask.sample([caption], [seed_of(0, n, "mask")]))
     ids, _ = segments(codes[0], isthing)
     mask = torch.from_numpy(palette(len(classes))[ids]).permute(2, 0, 1) / 127.5 - 1
     image, right = noise_frames(
-        mask2img, lambda: mask2img.sample(ids[None], [caption], [seed_of(0, "image")]))
+        mask2img, lambda: mask2img.sample(ids[None], [caption], [seed_of(0, n, "image")]))
     image = torch.from_numpy(image[0]).permute(2, 0, 1) / 127.5 - 1
     # Every second step of the mask, then every third of the image.
     masks = [x[0] for x in left[::2]] + [mask] * (len(right[::3]) + 1)
     images = [right[0][0]] * len(left[::2]) + [x[0] for x in right[::3]] + [image]
     frames = []
     for one, other in zip(masks, images):
-        frame = Image.new("RGB", (2 * side + 12, side + 28), "white")
+        frame = Image.new("RGB", (2 * side + 12, side + 44), "white")
         frame.paste(to_picture(one, side), (4, 4))
         frame.paste(to_picture(other, side), (side + 8, 4))
-        ImageDraw.Draw(frame).text((6, side + 8), caption, "black", FONT)
+        ImageDraw.Draw(frame).multiline_text((6, side + 8), textwrap.fill(caption, 58), "black", FONT)
         frames.append(frame)
     durations = [160] * (len(frames) - 1) + [2500]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
@@ -89,7 +91,7 @@ def main(argv=None):
         found.append((0.5 * image + 0.5 * colours[np.asarray(ids.cpu())]).astype(np.uint8))
     rows = {"mask": list(colours[masks]), "image": list(images), "segmenter": found}
     write_picture(FOLDER / "hero.png", contact_sheet(rows, CAPTIONS, classes, columns=6))
-    animate(text2mask, mask2img, CAPTIONS[0], FOLDER / "noise.gif")
+    animate(text2mask, mask2img, 3, FOLDER / "noise.gif")
     print(f"{FOLDER}: hero.png, noise.gif")
 
 
