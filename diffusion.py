@@ -90,10 +90,7 @@ class Schedule:
 
         What the file says of its own sampler (Karras sigmas, solver order, ...) is not read.
         """
-        try:
-            config = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not a JSON file ({error}). Download it again")
+        config = read_json(path, "Download it again")
         required = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
                         num_train_timesteps=1000)
         for key, value in required.items():
@@ -171,6 +168,14 @@ class Schedule:
         rho = 7  # EDM eq. 5
         top, low = self.sigmas[-1].item() ** (1 / rho), self.sigmas[0].item() ** (1 / rho)
         return [(top + i / max(n - 1, 1) * (low - top)) ** rho for i in range(n)] + [0.0]
+
+
+def read_json(path, remedy):
+    """The content of a JSON file. Raises ValueError with the path and the remedy where it is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file ({error}). {remedy}")
 
 
 def loss(model, schedule, x0, *cond, min_snr=None):
@@ -461,7 +466,7 @@ def check_output(out, meta):
     if not out.is_dir() or not path.is_file() and any(out.glob("[!.]*")):
         raise ValueError(f"{out}: exists, and is no folder of a synthesis (it has no meta.json). Choose "
                          "another folder")
-    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else meta
+    old = read_json(path, "Choose another folder or delete it") if path.is_file() else meta
     changed = "; ".join(differences(old, meta).values())
     if changed:
         raise ValueError(f"{out}: holds pairs of other settings, data or weights ({changed}). Choose another "

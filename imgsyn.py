@@ -57,8 +57,9 @@ def main(argv=None):
     path = find_generators(args, ("mask2img",))["mask2img"]
     pairs = PairFolder(find_split(args.data, args.split), ("ids", "instances"))
     sources = limit_sources(args, pairs.names)
+    counts = dict.fromkeys(sources, args.per_source)
     if args.hardness:  # masks that get equally many images are neighbours then, so batches stay full
-        sources = count_images(args.hardness, sources, pairs.names, args.per_source)
+        counts = count_images(args.hardness, sources, pairs.names, args.per_source)
     mask2img = diffusion.load(Mask2Img, path, device)
     check_classes(mask2img.config["classes"], pairs.classes, path)
     choose_sampling(args, mask2img, "mask2img")
@@ -78,7 +79,7 @@ def main(argv=None):
     meta = describe(args, pairs.fingerprint(), mask2img=path)
     if args.hardness:
         meta["hardness"] = diffusion.weights_hash(args.hardness)
-    synthesize(args, out, sources, make, pairs.classes, meta)
+    synthesize(args, out, counts, make, pairs.classes, meta)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ from data.pairs import (FlagParser, PairFolder, check_classes, contact_sheet, co
                         describe_classes, find_split, number, outline, palette, read_ids, run, spread,
                         write_picture)
 from diffusion import ALWAYS, Schedule, seed_of
-from text2mask import (DROP, SCHEDULE, SMALL, CaptionedPairs, TextToImage, apply_recipe, choose_sampling,
-                       choose_size, copy_codes, default_sampling, drop_captions, find_weights, fit_generator,
-                       init_flag, sampling_flags, to_pixels, training_flags)
+from text2mask import (DROP, GUIDANCE, SCHEDULE, SMALL, STEPS, CaptionedPairs, TextToImage, apply_recipe,
+                       choose_sampling, choose_size, copy_codes, default_sampling, drop_captions,
+                       find_weights, fit_generator, init_flag, sampling_flags, to_pixels, training_flags)
 from unet import PRESETS, ControlNet, TextEncoder, UNet
 
 MIN_SNR = 5.0  # cap of Schedule.weight; an unweighted loss leaves textures soft
@@ -123,7 +123,8 @@ class Mask2Img(TextToImage):
         return diffusion.loss(net, self.schedule, x0, tokens, batch["time_ids"], self.condition(codes),
                               min_snr=None if self.vae else MIN_SNR)
 
-    def sample(self, codes, captions, seeds, steps=15, guidance=1.5, sampler="dpm++", interval=ALWAYS):
+    def sample(self, codes, captions, seeds, steps=STEPS["mask2img"][0], guidance=GUIDANCE["mask2img"][0],
+               sampler="dpm++", interval=ALWAYS):
         """(B, H, W) uint8 codes, B captions and seeds -> (B, H, W, 3) uint8 images. guidance, interval: as in
         diffusion.denoiser."""
         codes = torch.from_numpy(np.asarray(codes)).long().to(self.colours.device)

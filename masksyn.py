@@ -88,10 +88,10 @@ def describe(args, fingerprint, **checkpoints):
     return meta | {"source": fingerprint}
 
 
-def synthesize(args, out, sources, make, classes, meta, title="", replace=False):
+def synthesize(args, out, counts, make, classes, meta, title="", replace=False):
     """Write the pairs of all jobs that `out` lacks: the loop of both modes.
 
-    sources  names; each gets args.per_source pairs. Or {name: number of pairs}
+    counts   {source name: how many pairs it gets}
     make     make(jobs) -> for each job the arguments of write_pair: image, ids, instances, captions
     classes  the content of classes.json
     meta     what makes these pairs what they are; raises ValueError where `out` holds others
@@ -101,7 +101,6 @@ def synthesize(args, out, sources, make, classes, meta, title="", replace=False)
     _, rank, world = diffusion.setup(args.device)
     if not replace:
         diffusion.check_output(out, meta)
-    counts = sources if isinstance(sources, dict) else dict.fromkeys(sources, args.per_source)
     batches = split_jobs(list(counts), max(counts.values()), args.batch, rank, world)
     batches = [[job for job in jobs if job[1] < counts[job[0]]] for jobs in batches]
     todo = [jobs for jobs in batches if replace or not all(exists(out, job) for job in jobs)]
@@ -306,7 +305,8 @@ def main(argv=None):
         return make_pairs(jobs, choose_captions(jobs, pairs), text2mask, mask2img, args)
     out = args.out or Path("out") / dataset_name(args.data) / "masksyn"
     meta = describe(args, pairs.fingerprint(), **paths)
-    synthesize(args, out, limit_sources(args, pairs.names), make, pairs.classes, meta)
+    counts = dict.fromkeys(limit_sources(args, pairs.names), args.per_source)
+    synthesize(args, out, counts, make, pairs.classes, meta)
 
 
 def paint_captions(args):
@@ -321,7 +321,8 @@ def paint_captions(args):
         return make_pairs(jobs, [captions[source] for source, _ in jobs], text2mask, mask2img, args)
     out = args.out or Path("out") / args.captions.stem / "masksyn"
     meta = describe(args, f"{len(captions)} captions {seed_of(captions):x}", **paths)
-    synthesize(args, out, list(captions)[:args.limit], make, text2mask.config["classes"], meta)
+    counts = dict.fromkeys(list(captions)[:args.limit], args.per_source)
+    synthesize(args, out, counts, make, text2mask.config["classes"], meta)
 
 
 def paint_prompt(args):
@@ -337,8 +338,9 @@ def paint_prompt(args):
         return make_pairs(jobs, [args.prompt] * len(jobs), text2mask, mask2img, args)
     out = args.out or Path("out") / dataset_name(args.data) / "prompt"
     meta = describe(args, None, **paths) | {"prompt": args.prompt}
-    sources, classes = [f"prompt{n}" for n in range(args.count)], text2mask.config["classes"]
-    synthesize(args, out, sources, make, classes, meta, title=args.prompt, replace=holds_prompt(out))
+    counts = dict.fromkeys([f"prompt{n}" for n in range(args.count)], args.per_source)
+    synthesize(args, out, counts, make, text2mask.config["classes"], meta, title=args.prompt,
+               replace=holds_prompt(out))
 
 
 if __name__ == "__main__":

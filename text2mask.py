@@ -460,8 +460,8 @@ class Text2Mask(TextToImage):
         """(B, K + 2, H, W) logits -> the expected colour map (B, 3, H, W) in [-1, 1]: x0 in pixel space."""
         return torch.einsum("bkhw,kc->bchw", logits.softmax(1), self.colours)
 
-    def sample(self, captions, seeds, steps=12, guidance=1.0, sampler="dpm++", size=None, maps=False,
-               interval=ALWAYS):
+    def sample(self, captions, seeds, steps=STEPS["text2mask"][0], guidance=GUIDANCE["text2mask"][0],
+               sampler="dpm++", size=None, maps=False, interval=ALWAYS):
         """B captions and seeds -> (B, H, W) uint8 codes; with maps also the colour maps (B, H, W, 3) in
         [0, 255] that they are read from. guidance, interval: as in diffusion.denoiser.
 
@@ -639,10 +639,10 @@ def sampling_flags(parser, stage, data="shapes"):
     add("--device", default="auto", help="cpu, cuda, cuda:1 ...")
 
 
-def fit_generator(model, loss, data, args, stage, picture, measure=None, following=""):
+def fit_generator(model, loss, data, args, stage, picture, measure=None, following="", base=None):
     """diffusion.fit with the flags of training_flags; results go to --out or out/NAME/STAGE.
 
-    following: the command that comes next, for the last line.
+    following: the command that comes next, for the last line; {data}, {out} and {base} are filled in.
     """
     # Settings that a resumed run must share, in addition to diffusion.fit's own.
     keys = ("data", "split", "init", "limit", "unfreeze", "controlnet")
@@ -662,9 +662,8 @@ def fit_generator(model, loss, data, args, stage, picture, measure=None, followi
         print(f"{out}: {describe_run(model, data, args, device, world)}", flush=True)
     diffusion.fit(model, loss, data, out, picture=picture, measure=measure, settings=settings, **loop)
     if rank == 0:
-        is_base = args.init and (args.sdxl or diffusion.read_header(args.init)["class"] == "TextToImage")
         print(f"{out}: look at samples.png and log.png. Next: "
-              f"{following.format(data=args.data, out=out, init=args.init if is_base else 'BASE')}")
+              f"{following.format(data=args.data, out=out, base=base)}")
 
 
 def describe_run(model, data, args, device, world):
@@ -737,8 +736,11 @@ def train(args):
         codes = model.sample(captions, range(len(captions)), **default_sampling(model, "text2mask"))
         sampled = list(colours[codes])
         contact_sheet({"real": real, "sample": sampled}, captions, pairs.classes).save(path)
-    following = "python mask2img.py train --data {data} --init {init}"
-    fit_generator(model, model.loss, data, args, "text2mask", picture, following=following)
+    base = args.sdxl or "BASE"
+    if args.init and not args.sdxl and diffusion.read_header(args.init)["class"] == "TextToImage":
+        base = args.init
+    fit_generator(model, model.loss, data, args, "text2mask", picture,
+                  following="python mask2img.py train --data {data} --init {base}", base=base)
 
 
 def sample_mask(args):

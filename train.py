@@ -1030,11 +1030,15 @@ def settings(args, real, synth):
         cfg[key] = getattr(args, key)
     cfg["init"] = None
     if args.init:
-        hashes = [weights_hash(path) for path in weight_files(args.init)]
-        cfg["init"] = " ".join([str(args.init), *hashes])
+        cfg["init"] = f"{args.init} {segmenter_hash(args.init)}"
     cfg["real"] = real.fingerprint()
     cfg["synth"] = [pairs.fingerprint() for pairs in synth]
     return cfg
+
+
+def segmenter_hash(path):
+    """Which weights a segmenter's checkpoint holds: the hashes of its files."""
+    return " ".join(weights_hash(file) for file in weight_files(path))
 
 
 def micro_batch(cfg):
@@ -1150,18 +1154,18 @@ def check_predictions(folder, splits):
                              "or evaluate one set at a time")
 
 
-def filtered_copy(args, folder, real, judge):
+def filtered_copy(args, folder, real, judge_hash):
     """A folder of --filter -> its PairFolder, the path of its filtered copy and the copy's meta.json.
 
-    judge: the hash of the judge's weights. Raises ValueError where the folder is not of a synthesis, or the
-    copy is there with other settings, data or weights.
+    Raises ValueError where the folder is not of a synthesis, or the copy is there with other settings, data
+    or weights.
     """
     pairs = open_pairs(folder, "semantic", real.classes)
     if pairs.filtered or not (folder / "meta.json").is_file():
         raise ValueError(f"{folder}: no folder of a synthesis, or filtered already. Give one that masksyn.py "
                          "or imgsyn.py made")
     meta = read_json(folder / "meta.json")
-    meta["filter"] = dict(judge=judge, tolerance=TOLERANCE, sides=list(args.sides or ()),
+    meta["filter"] = dict(judge=judge_hash, tolerance=TOLERANCE, sides=list(args.sides or ()),
                           real=real.fingerprint(), pairs=pairs.fingerprint())
     out = Path(f"{folder}_filtered")
     check_output(out, meta)
@@ -1174,9 +1178,9 @@ def run_filter(args):
         raise ValueError("--filter runs in one process. Start it without torchrun")
     real = open_pairs(find_split(args.data, "train"), "semantic", limit=args.limit_real)
     model = build(real.classes, init=args.judge).to(args.device).eval()
-    judge = " ".join(weights_hash(path) for path in weight_files(args.judge))
+    judge_hash = segmenter_hash(args.judge)
     limits = None
-    for pairs, out, meta in [filtered_copy(args, folder, real, judge) for folder in args.filter]:
+    for pairs, out, meta in [filtered_copy(args, folder, real, judge_hash) for folder in args.filter]:
         if (out / "meta.json").exists() and not unfinished(out).exists():
             print(f"{out}: is complete")
             continue

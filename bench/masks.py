@@ -37,7 +37,7 @@ from text2mask import (Text2Mask, choose_sampling, components, find_weights, sam
                        words_of)
 
 SPECK = 8                      # regions under so many pixels
-OFF_COLOUR = 20                     # grey levels from the nearest colour of the palette
+OFF_COLOUR = 20                # grey levels from the nearest colour of the palette
 REFERENCE = 1000               # training pairs whose things show what a colour looks like
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7,
            "eight": 8, "several": None}
@@ -156,11 +156,12 @@ class ColourCheck:
 
     def coloured_things(self, ids, captions, words):
         """Yield (class, where it is (H, W) bool, colour) of what the captions give a colour and ids show."""
-        for caption in captions:
-            for name, (_, colour) in described_things(caption, words).items():
-                inside = ids == self.ids.get(name, -1)
-                if colour and inside.sum() >= SPECK:
-                    yield name, inside, colour
+        said = {(name, colour) for caption in captions
+                for name, (_, colour) in described_things(caption, words).items() if colour}
+        for name, colour in sorted(said):  # each once, though several captions say it
+            inside = ids == self.ids.get(name, -1)
+            if inside.sum() >= SPECK:
+                yield name, inside, colour
 
     def count(self, image, ids, caption, words):
         """-> how many of a caption's coloured things have their colour in the image, and of how many."""
@@ -186,8 +187,9 @@ def check(ids, instances, caption, classes, words, complete=True):
     judged = there & (countable | named)
 
     right = total = 0
+    described = described_things(caption, words)
     for k, c in enumerate(classes, 1):
-        wanted, _ = described_things(caption, words).get(c["name"], (None, None))
+        wanted, _ = described.get(c["name"], (None, None))
         if c["isthing"] and wanted:
             total += 1
             right += len(np.unique(instances[ids == k])) == wanted
