@@ -27,23 +27,28 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import diffusion
+import unet as networks
 from data.pairs import (FlagParser, PairFolder, check_classes, contact_sheet, dataset_name, find_split,
                         list_files, number, open_picture, outline, palette, read_captions, read_ids,
                         read_json, read_text, remove_temporary, run, spread, write_json, write_pair,
                         write_picture)
 from diffusion import seed_of
 from mask2img import Mask2Img
-from text2mask import (Text2Mask, choose_sampling, find_weights, region_flag, sampler_flags, segments,
-                       words_of)
+from text2mask import (Text2Mask, choose_sampling, find_weights, list_shapes, painted_size, painted_sizes,
+                       region_flag, sampler_flags, segments, words_of)
 
 
-def split_jobs(sources, per_source, batch, rank, world):
+def split_jobs(sources, per_source, batch, rank, world, sizes=None):
     """Source names -> this rank's batches of jobs.
 
-    Batches are cut before they are shared out, and all jobs of one have the same k. So a sample is made in
-    the same batch, and comes out the same, for any number of ranks and for a larger per_source.
+    Batches are cut before they are shared out, and all jobs of one have the same k and, where sizes {source:
+    (H, W)} are given, the same size. So a sample is made in the same batch, and comes out the same, for any
+    number of ranks and for a larger per_source.
     """
-    parts = [sources[i:i + batch] for i in range(0, len(sources), batch)]
+    groups = {}
+    for source in sources:
+        groups.setdefault(sizes and sizes[source], []).append(source)
+    parts = [group[i:i + batch] for group in groups.values() for i in range(0, len(group), batch)]
     batches = []
     for k in range(per_source):
         batches += [[(source, k) for source in part] for part in parts]
@@ -80,28 +85,29 @@ def describe(args, fingerprint, **checkpoints):
     """The settings, source data and weights that decide a pair's content, for meta.json."""
     # Left out: flags that change only how many pairs, where they go, or the device; and paths of weights,
     # whose content counts.
-    passed_over = ("out", "limit", "per_source", "hardness", "device", "count", "prompt", "captions",
-                   *checkpoints)
+    passed_over = ("out", "limit", "per_source", "hardness", "device", "compile", "count", "prompt",
+                   "captions", *checkpoints)
     meta = {key: str(value) for key, value in vars(args).items() if key not in passed_over}
     for name, path in checkpoints.items():
         meta[f"{name}_weights"] = diffusion.weights_hash(path)
     return meta | {"source": fingerprint}
 
 
-def synthesize(args, out, counts, make, classes, meta, title="", replace=False):
+def synthesize(args, out, counts, make, classes, meta, sizes=None, title="", replace=False):
     """Write the pairs of all jobs that `out` lacks: the loop of both modes.
 
     counts   {source name: how many pairs it gets}
     make     make(jobs) -> for each job the arguments of write_pair: image, ids, instances, captions
     classes  the content of classes.json
     meta     what makes these pairs what they are; raises ValueError where `out` holds others
+    sizes    {source name: (H, W) of its pairs}, where they differ: a batch holds one size
     title    the caption of all pairs (--prompt), above the samples
     replace  delete what `out` holds first
     """
     _, rank, world = diffusion.setup(args.device)
     if not replace:
         diffusion.check_output(out, meta)
-    batches = split_jobs(list(counts), max(counts.values()), args.batch, rank, world)
+    batches = split_jobs(list(counts), max(counts.values()), args.batch, rank, world, sizes)
     batches = [[job for job in jobs if job[1] < counts[job[0]]] for jobs in batches]
     todo = [jobs for jobs in batches if replace or not all(exists(out, job) for job in jobs)]
     bar = tqdm(total=sum(map(len, todo)), desc=out.name, unit="pair", disable=rank > 0)
@@ -137,7 +143,7 @@ def draw_samples(out, classes, title="", count=24):
     images = list(list_files(out / "images", (".png",)).items())  # each means a complete pair
     images = [images[i] for i in spread(len(images), count)]
     masks = [read_ids(out / "masks" / f"{name}.png", len(classes)) for name, _ in images]
-    rows = {"mask": list(palette(len(classes))[np.stack(masks)]),
+    rows = {"mask": [palette(len(classes))[mask] for mask in masks],
             "image": [np.asarray(open_picture(path)) for _, path in images]}
     captions = [] if title else [read_captions(out, name)[0] for name, _ in images]
     write_picture(out / "samples.png", contact_sheet(rows, captions, classes, title))
@@ -199,6 +205,7 @@ def synthesis_flags(parser, per_source):
     sampler_flags(parser, "mask2img")
     add("--seed", type=int, default=0, help="another seed, other pairs")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ...")
+    add("--compile", action="store_true", help="torch.compile the networks, for CUDA and many pairs")
 
 
 def parse(argv):
@@ -221,8 +228,11 @@ def parse(argv):
 def load_generators(args, device, need_data=True):
     """Text2Mask, Mask2Img and {stage: path of its weights}. Raises ValueError where they do not fit."""
     paths = find_generators(args, ("text2mask", "mask2img"), need_data)
-    text2mask = diffusion.load(Text2Mask, paths["text2mask"], device)
-    mask2img = diffusion.load(Mask2Img, paths["mask2img"], device)
+    text2mask = diffusion.load(Text2Mask, paths["text2mask"], device, args.mask_base)
+    mask2img = diffusion.load(Mask2Img, paths["mask2img"], device, args.base)
+    if args.compile:
+        networks.compile_blocks(text2mask)
+        networks.compile_blocks(mask2img)
     choose_sampling(args, text2mask, "text2mask", "mask_")
     choose_sampling(args, mask2img, "mask2img")
     first, second = text2mask.config, mask2img.config
@@ -233,28 +243,34 @@ def load_generators(args, device, need_data=True):
     return text2mask, mask2img, paths
 
 
-def make_pairs(jobs, captions, text2mask, mask2img, args):
-    """Jobs and their captions -> the arguments of write_pair of each: a new mask, and a new image on it."""
+def make_pairs(jobs, captions, text2mask, mask2img, args, shapes=None):
+    """Jobs and their captions -> the arguments of write_pair of each: a new mask, and a new image on it.
+
+    shapes: the (H, W) of the pictures that the captions are of; all are painted in the size that fits the
+    first. Without them, in the size of the training.
+    """
+    size = painted_size(text2mask, shapes[0]) if shapes else None
+    time_ids = [(*shape, 0, 0, *size) for shape in shapes] if shapes else None
     classes = text2mask.config["classes"]
     isthing = [c["isthing"] for c in classes]
     seeds = [seed_of(args.seed, *job, "mask") for job in jobs]
-    codes = text2mask.sample(captions, seeds, args.mask_steps, args.mask_guidance, args.mask_sampler,
-                             interval=args.mask_guidance_interval)
+    codes = text2mask.sample(captions, seeds, args.mask_steps, args.mask_guidance, args.mask_sampler, size,
+                             interval=args.mask_guidance_interval, time_ids=time_ids)
     masks = [segments(c, isthing, args.min_region) for c in codes]  # [(ids, instances)]
-    return paint(jobs, captions, masks, any(isthing), mask2img, args)
+    return paint(jobs, captions, masks, any(isthing), mask2img, args, time_ids)
 
 
-def paint(jobs, captions, masks, has_instances, mask2img, args):
+def paint(jobs, captions, masks, has_instances, mask2img, args, time_ids=None):
     """The second half of both modes: an image on each mask -> the arguments of write_pair of each job.
 
-    masks: (ids, instances) of each, both (H, W) uint8.
+    masks: (ids, instances) of each, both (H, W) uint8; time_ids: as in TextToImage.generate.
     """
     edges = mask2img.config["edges"] and has_instances
     K = len(mask2img.config["classes"])
     codes = np.stack([outline(*mask, K) if edges else mask[0] for mask in masks])
     seeds = [seed_of(args.seed, *job, "image") for job in jobs]
     images = mask2img.sample(codes, captions, seeds, args.steps, args.guidance, args.sampler,
-                             args.guidance_interval)
+                             args.guidance_interval, time_ids)
     pairs = []
     for image, (ids, instances), caption in zip(images, masks, captions):
         instances = instances if has_instances else None
@@ -302,11 +318,12 @@ def main(argv=None):
     check_classes(text2mask.config["classes"], pairs.classes, paths["text2mask"])
 
     def make(jobs):
-        return make_pairs(jobs, choose_captions(jobs, pairs), text2mask, mask2img, args)
+        shapes = list_shapes(pairs, [source for source, _ in jobs])
+        return make_pairs(jobs, choose_captions(jobs, pairs), text2mask, mask2img, args, shapes)
     out = args.out or Path("out") / dataset_name(args.data) / "masksyn"
     meta = describe(args, pairs.fingerprint(), **paths)
     counts = dict.fromkeys(limit_sources(args, pairs.names), args.per_source)
-    synthesize(args, out, counts, make, pairs.classes, meta)
+    synthesize(args, out, counts, make, pairs.classes, meta, painted_sizes(text2mask, pairs, counts))
 
 
 def paint_captions(args):

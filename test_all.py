@@ -1946,16 +1946,30 @@ def test_sdxl_feeds_both_syntheses(on_sdxl, world, tmp_path):
     assert (tmp_path / "images.png").exists()
 
 
-@pytest.mark.peer
-@torch.no_grad()
-def test_the_public_pipeline_paints_our_image(sdxl, on_sdxl, tmp_path):
+def distilled(base, folder):
+    """A copy of an SDXL folder with another UNet and trailing time steps, as of a distilled SDXL."""
     import diffusers
-    model = diffusion.load(Mask2Img, on_sdxl / "m")
+    shutil.copytree(base, folder)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(base / "unet")
+    noisy(unet, seed=8).save_pretrained(folder / "unet")
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(path.read_text().replace('"leading"', '"trailing"'))
+    return folder
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("other_base", [False, True])
+@torch.no_grad()
+def test_the_public_pipeline_paints_our_image(sdxl, on_sdxl, tmp_path, other_base):
+    import diffusers
+    base = distilled(sdxl / "base", tmp_path / "fast") if other_base else sdxl / "base"
+    model = diffusion.load(Mask2Img, on_sdxl / "m", base=base)
     noisy(model.controlnet, seed=5)  # two steps from zero would hide its work
     model.controlnet.controlnet_cond_embedding.conv_out.weight.data *= 30
-    diffusion.save(model, tmp_path)
+    diffusion.save(model, tmp_path / "m")
+    controlnet = diffusers.ControlNetModel.from_pretrained(tmp_path / "m")
     pipe = diffusers.StableDiffusionXLControlNetPipeline.from_pretrained(
-        sdxl / "base", controlnet=diffusers.ControlNetModel.from_pretrained(tmp_path), add_watermarker=False)
+        base, controlnet=controlnet, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     cond = model.condition(torch.randint(0, 5, (1, 48, 48), generator=torch.Generator().manual_seed(0)))
     noise = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(7))
@@ -1967,6 +1981,38 @@ def test_the_public_pipeline_paints_our_image(sdxl, on_sdxl, tmp_path):
         assert ours.clamp(-1, 1).std() > 0.05  # a picture, not one colour
     other = model.generate(["a red cat"], [7], 8, 1.0, "euler", (48, 48), (cond.flip(3),))
     assert (other - ours).abs().max() > 1e-2  # the mask matters
+
+
+@pytest.mark.peer
+def test_masks_on_sdxl_are_learned_in_strong_noise_of_any_mean(on_sdxl):
+    model = diffusion.load(Text2Mask, on_sdxl / "t")
+    batch = dict(codes=torch.zeros(96, 48, 48, dtype=torch.long), tokens=model.text.tokenize(["a"] * 96),
+                 time_ids=torch.tensor([[48.0, 48, 0, 0, 48, 48]] * 96))
+    torch.manual_seed(0)
+    with mock.patch.object(model.schedule, "add_noise", side_effect=model.schedule.add_noise) as add_noise:
+        model.loss(lambda x, *_: x, batch)
+    _, noise, t = add_noise.call_args.args
+    assert abs(t.double().mean() / 1000 - 2 / 3) < 0.08  # 1/2 where it is uniform; 1 sigma is 0.03
+    variance = noise.mean((2, 3)).var()  # of 6 x 6 values: 1 / 36 without the offset
+    assert variance == pytest.approx(1 / 36 + 0.01, rel=0.2)
+
+
+@pytest.mark.peer
+def test_pairs_of_another_base(sdxl, on_sdxl, untrained, world, tmp_path):
+    """A base that was moved paints the same; another base another image, on the same mask."""
+    moved = shutil.copytree(sdxl / "base", tmp_path / "moved")
+    fast = distilled(sdxl / "base", tmp_path / "fast")
+    for name, *flags in (("own",), ("moved", "--base", moved, "--mask-base", moved),
+                         ("fast", "--base", fast, "--sampler", "euler", "--guidance", 1)):
+        call(*synthesis(masksyn, world, on_sdxl, *flags, "--limit", 1, "--out", tmp_path / "pairs" / name))
+    own, same, other = (PairFolder(tmp_path / "pairs" / name).read(0) for name in ("own", "moved", "fast"))
+    for pair in same, other:
+        assert_same(torch.from_numpy(pair["ids"]), torch.from_numpy(own["ids"]))
+    assert np.array_equal(same["image"], own["image"]) and not np.array_equal(other["image"], own["image"])
+    line = mistake(*synthesis(imgsyn, world, untrained, "--base", fast, "--out", tmp_path / "small"))
+    assert "needs no base" in line and not (tmp_path / "small").exists()
+    line = mistake(*synthesis(imgsyn, world, on_sdxl, "--base", world, "--out", tmp_path / "foreign"))
+    assert "model_index.json" in line and not (tmp_path / "foreign").exists()
 
 
 @pytest.mark.peer
@@ -2081,6 +2127,66 @@ def test_defaults_follow_the_base_and_the_shape_of_the_data(tmp_path, monkeypatc
     text2mask.apply_recipe(args)
     size = text2mask.choose_size(args, pairs)
     assert (size, args.steps, args.batch, args.lr, args.workers) == expected
+
+
+@pytest.fixture
+def photos(world, tmp_path):
+    """A folder of pairs that are wide, tall and square: 40 x 20, 20 x 40, 24 x 24 pixels."""
+    for i, (width, height) in enumerate([(40, 20), (20, 40), (24, 24), (40, 20), (40, 20)]):
+        ids = np.arange(width, dtype=np.uint8)[None] // 8 + np.arange(height, dtype=np.uint8)[:, None] // 8
+        P.write_pair(tmp_path / "photos/train", f"{i}", Image.new("RGB", (width, height)), 1 + ids, K=13)
+    shutil.copy(world / "train/classes.json", tmp_path / "photos/train")
+    return tmp_path / "photos"
+
+
+@pytest.mark.peer
+def test_sdxl_trains_and_paints_in_the_shape_of_each_picture(sdxl, on_sdxl, photos, tmp_path):
+    shapes_of = {"0": (32, 64), "1": (64, 32), "2": (48, 48), "3": (32, 64), "4": (32, 64)}  # multiples of 16
+    for module in masksyn, imgsyn:
+        out = tmp_path / module.__name__
+        call(*synthesis(module, photos, on_sdxl, "--limit", 5, "--batch", 2, "--out", out))
+        pairs = PairFolder(out)
+        sizes = {name: pair["ids"].shape for name, pair in zip(pairs.names, map(pairs.read, range(5)))}
+        assert sizes == {f"{name}_00": shape for name, shape in shapes_of.items()}
+    seen = []
+    with mock.patch.object(Mask2Img, "forward", autospec=True, side_effect=Mask2Img.forward) as forward:
+        call(*paper(mask2img, sdxl, photos, "--limit", 5, "--steps", 8, "--out", tmp_path / "m"))
+        seen = {tuple(8 * side for side in args.args[1].shape[2:]) for args in forward.call_args_list}
+    assert seen == {*shapes_of.values()}
+
+
+@pytest.mark.parametrize("groups", [None, np.repeat([0, 1], [15, 5])])
+def test_a_step_is_of_one_group(groups):
+    batches = list(diffusion.SeededBatches(20, 2, 2, 0, 300, seed=0, rank=0, groups=groups))
+    steps = [[index for index, _ in a + b] for a, b in zip(batches[::2], batches[1::2])]
+    mixed = sum(len({index < 15 for index in step}) - 1 for step in steps)
+    assert mixed == 0 if groups is not None else mixed > 150
+    counts = np.bincount(np.ravel(steps), minlength=20)
+    assert counts.min() > 25  # 60 on average; of 300 steps, 75 are of the small group
+    assert abs(counts[:15].sum() / 1200 - 0.75) < 0.08
+
+
+def test_batches_of_one_size_for_any_number_of_ranks():
+    sizes = {name: (len(name), 1) for name in ("a", "bb", "c", "dd", "e")}
+    alone = masksyn.split_jobs(list(sizes), 2, 2, 0, 1, sizes)
+    assert [[name for name, _ in jobs] for jobs in alone] == [["a", "c"], ["e"], ["bb", "dd"]] * 2
+    shared = [masksyn.split_jobs(list(sizes), 2, 2, rank, 4, sizes) for rank in range(4)]
+    assert sorted(sum(shared, [])) == sorted(alone)
+
+
+def test_each_image_of_a_mask_shows_another_part_of_it(untrained, photos, tmp_path):
+    """A small model paints 16 x 16: of a wide mask half its width. It is told where the crop lies."""
+    spy = dict(autospec=True, side_effect=TextToImage.generate)
+    with mock.patch.object(TextToImage, "generate", **spy) as generate:
+        command = synthesis(imgsyn, photos, untrained, "--limit", 1, "--per-mask", 6, "--out", tmp_path / "a")
+        call(*command)
+    time_ids = [ids for args in generate.call_args_list for ids in args.kwargs["time_ids"]]
+    pairs, source = PairFolder(tmp_path / "a"), PairFolder(photos / "train").read(0)["ids"]
+    whole = np.array(Image.fromarray(source).resize((32, 16), Image.Resampling.NEAREST))
+    assert len({ids[3] for ids in time_ids}) >= 4
+    for k, (height, width, top, left, *size) in enumerate(time_ids):
+        assert (height, width, top, size) == (20, 40, 0, [16, 16])
+        assert np.array_equal(pairs.read(k)["ids"], whole[:, left:left + 16])
 
 
 # ---- the generators on CUDA --------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ classes. Codes: 0 void, 1..K the classes, K + 1 edge.
 """
 import contextlib
 import functools
+import math
 import re
 from pathlib import Path
 
@@ -37,8 +38,8 @@ from torch import nn
 import diffusion
 import unet as networks
 from data.pairs import (CROWD, ROOT, FlagParser, PairFolder, contact_sheet, dataset_name, describe_classes,
-                        find_split, has_left_or_right, list_pairs, number, outline, palette, picture_size,
-                        run, some_sizes, spread, write_mask, write_picture)
+                        find_split, has_left_or_right, header_size, list_pairs, number, outline, palette,
+                        picture_size, run, some_sizes, spread, write_mask, write_picture)
 from diffusion import ALWAYS, SAMPLERS, Schedule, seed_of
 from unet import PRESETS, VAE, SDXLText, TextEncoder, UNet
 
@@ -51,6 +52,10 @@ SDXL = dict(steps=30_000, batch=4, lr=1e-5, workers=4, save_every=2500)
 STEPS = {"text2mask": (12, 25), "mask2img": (15, 40)}
 GUIDANCE = {"text2mask": (1.0, 2.0), "mask2img": (1.5, 5.0)}
 MIN_REGION = (8, 50)  # pixels. The VAE's blur leaves thin false regions between classes: 50 removes most
+# The mean of a picture shows through even SDXL's strongest noise, so SDXL never learns to choose it and
+# paints pictures of medium brightness. Colour maps have any mean: a random shift of this deviation, added to
+# the noise of each channel, hides it in training ("noise offset"; SDXL's own training used 0.05) [?].
+NOISE_OFFSET = 0.1
 SCHEDULE = dict(kind="cosine", prediction="sample", spacing="trailing")  # of the small models
 SDXL_LOOP = dict(warmup=500, decay="constant", ema=0.9999)
 
@@ -151,6 +156,37 @@ def segments(codes, isthing, min_region=8):
 
 # ---- the data ----------------------------------------------------------------------------------------------
 
+def fit_size(aspect, side, multiple):
+    """The (H, W) with about side * side pixels and W / H = aspect whose lengths are multiples."""
+    lengths = side / aspect ** 0.5, side * aspect ** 0.5
+    return tuple(max(1, round(length / multiple)) * multiple for length in lengths)
+
+
+def painted_size(model, shape):
+    """The (H, W) in which a model paints a picture that stands for one of `shape` (H, W).
+
+    SDXL paints in that shape, up to 1 to 4, with about as many pixels as in its training, in multiples of 64
+    as its own training did; a small model paints in the size of its training.
+    """
+    height, width = model.config["size"]
+    if model.vae is None:
+        return height, width
+    aspect = min(max(shape[1] / shape[0], 1 / 4), 4)
+    return fit_size(aspect, (height * width) ** 0.5, math.gcd(64, height, width))
+
+
+def list_shapes(pairs, names):
+    """The (H, W) of the pictures of these names, by their headers."""
+    return [header_size(pairs.paths[pairs.positions[name]])[::-1] for name in names]
+
+
+def painted_sizes(model, pairs, names):
+    """{name: the (H, W) in which its picture is painted}; None for a small model, which has one size."""
+    if model.vae is None:
+        return None
+    return {name: painted_size(model, shape) for name, shape in zip(names, list_shapes(pairs, names))}
+
+
 class ResizeCrop:
     """Scale pictures of one (H, W) to cover another and crop: at random with rng, else in the middle.
 
@@ -188,12 +224,14 @@ class CaptionedPairs(torch.utils.data.Dataset):
     time_ids  (6,) SDXL's size conditioning: original size, crop corner and target size, each (h, w) in pixels
 
     size is (H, W). With augment, the crop is random and half of the samples are mirrored, unless the caption
-    or a class speaks of left or right.
+    or a class speaks of left or right. sizes {name: (H, W)}, if given, go before `size`; .groups then gives
+    equal numbers to pairs of equal size, which may be in one batch.
     """
     seeded = True
 
-    def __init__(self, pairs, size, tokenize, augment=True):
-        self.pairs, self.size = pairs, tuple(size)
+    def __init__(self, pairs, size, tokenize, augment=True, sizes=None):
+        self.pairs, self.sizes = pairs, [sizes[name] if sizes else tuple(size) for name in pairs.names]
+        self.groups = np.unique(self.sizes, axis=0, return_inverse=True)[1].ravel() if sizes else None
         self.tokenize, self.augment = tokenize, augment
         self.mirrors = not has_left_or_right(pairs.classes)
 
@@ -203,8 +241,9 @@ class CaptionedPairs(torch.utils.data.Dataset):
     def cropped_share(self):
         """The share of an average picture's pixels that the crop leaves out, from up to 500 headers."""
         kept = []
-        for width, height in some_sizes(self.pairs.paths):
-            aspect = width / height * self.size[0] / self.size[1]
+        for i in spread(len(self), 500):
+            width, height = header_size(self.pairs.paths[i])
+            aspect = width / height * self.sizes[i][0] / self.sizes[i][1]
             kept.append(min(aspect, 1 / aspect))
         return 1 - float(np.mean(kept))
 
@@ -217,14 +256,14 @@ class CaptionedPairs(torch.utils.data.Dataset):
         if self.augment:
             caption = captions[rng.integers(len(captions))]
             mirror = rng.random() < 0.5 and self.mirrors and not {"left", "right"} & set(words_of(caption))
-        crop = ResizeCrop(source, self.size, rng if self.augment else None)
+        crop = ResizeCrop(source, self.sizes[index], rng if self.augment else None)
         views = {part: crop(array) for part, array in pair.items()}
         left = crop.left
         if mirror:
             views = {part: view[:, ::-1] for part, view in views.items()}
             left = crop.room - crop.left  # the crop's corner in the mirrored picture
 
-        time_ids = [*source, crop.top, left, *self.size]
+        time_ids = [*source, crop.top, left, *self.sizes[index]]
         item = dict(tokens=self.tokenize([caption])[0],
                     time_ids=torch.tensor(time_ids, dtype=torch.float32))
         if "image" in views:
@@ -349,10 +388,11 @@ class TextToImage(nn.Module):
 
     @torch.no_grad()
     def generate(self, captions, seeds, steps, guidance, sampler, size=None, extra=(), interval=ALWAYS,
-                 decode=None):
+                 decode=None, time_ids=None):
         """B captions and seeds -> x0 (B, 3, H, W). A sample depends on its own caption and seed alone.
 
-        extra: further arguments of forward; interval, decode: as in diffusion.denoiser.
+        extra: further arguments of forward; interval, decode: as in diffusion.denoiser; time_ids: six numbers
+        a sample, as in CaptionedPairs, by default those of an uncropped picture.
         """
         device = next(self.parameters()).device
         size = tuple(size or self.config["size"])
@@ -364,9 +404,8 @@ class TextToImage(nn.Module):
         def randn(_=None):  # the samplers pass x, whose shape is known here
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
         with self.autocast():
-            # SDXL gets the size and the crop of its picture as a condition: here an uncropped one.
-            time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=device)
-            time_ids = time_ids.expand(len(captions), -1)  # (B, 6)
+            time_ids = time_ids or [(*size, 0, 0, *size)] * len(captions)
+            time_ids = torch.tensor(time_ids, dtype=torch.float32, device=device)  # (B, 6)
             cond = self.encode_text(captions, device), time_ids, *extra
             uncond = self.encode_text([""] * len(captions), device), time_ids, *extra
             denoise = diffusion.denoiser(self, self.schedule, cond, uncond, guidance, interval, decode)
@@ -434,19 +473,21 @@ class Text2Mask(TextToImage):
 
     def loss(self, net, batch, drop=DROP):
         """Pixels: cross-entropy of the codes at a random noise level. SDXL: the diffusion loss of the colour
-        map's latents. A share `drop` of the captions is left out. net: this model, perhaps compiled or
-        wrapped for DDP."""
+        map's latents. A share `drop` of the captions is left out. net: this model, perhaps wrapped for
+        DDP."""
         codes = batch["codes"]                        # (B, H, W)
         x0 = self.colours[codes].permute(0, 3, 1, 2)  # (B, 3, H, W): here masks become colours
+        # Flat colours show through much noise, so train mostly there: 1 - u^2 is over a half for 7 of 10
+        # samples. The cosine schedule has sigma = 1 in its middle, SDXL's has 1.6.
+        u = torch.rand(len(codes), device=codes.device)
+        t = ((1 - u ** 2) * self.schedule.T).long().clamp(max=self.schedule.T - 1)
         if self.vae:
             keep = torch.rand(len(codes), device=codes.device) >= drop
             tokens = drop_captions(batch["tokens"], keep)
-            z0 = self.to_latents(x0)
-            return diffusion.loss(net, self.schedule, z0, tokens, batch["time_ids"])
-        # Flat colours show through much noise: train mostly there. The cosine schedule has sigma = 1 in its
-        # middle, and 1 - u^2 is over a half for 7 of 10 samples.
-        u = torch.rand(len(codes), device=codes.device)
-        t = ((1 - u ** 2) * self.schedule.T).long().clamp(max=self.schedule.T - 1)
+            z0 = self.to_latents(x0)  # (B, 4, h, w)
+            offset = torch.randn_like(z0[:, :, :1, :1])
+            noise = torch.randn_like(z0) + NOISE_OFFSET * offset
+            return diffusion.loss(net, self.schedule, z0, tokens, batch["time_ids"], t=t, noise=noise)
         x = self.schedule.add_noise(x0, torch.randn_like(x0), t)
         keep = torch.rand(len(codes), device=codes.device) >= drop
         tokens = drop_captions(batch["tokens"], keep)
@@ -461,14 +502,16 @@ class Text2Mask(TextToImage):
         return torch.einsum("bkhw,kc->bchw", logits.softmax(1), self.colours)
 
     def sample(self, captions, seeds, steps=STEPS["text2mask"][0], guidance=GUIDANCE["text2mask"][0],
-               sampler="dpm++", size=None, maps=False, interval=ALWAYS):
+               sampler="dpm++", size=None, maps=False, interval=ALWAYS, time_ids=None):
         """B captions and seeds -> (B, H, W) uint8 codes; with maps also the colour maps (B, H, W, 3) in
-        [0, 255] that they are read from. guidance, interval: as in diffusion.denoiser.
+        [0, 255] that they are read from. time_ids: as in `generate`; guidance, interval: as in
+        diffusion.denoiser.
 
         A code is the likeliest colour of the last step; with SDXL, the colour nearest to the picture's.
         """
         if self.vae:
-            x0 = self.generate(captions, seeds, steps, guidance, sampler, size, interval=interval)
+            x0 = self.generate(captions, seeds, steps, guidance, sampler, size, interval=interval,
+                               time_ids=time_ids)
             K = len(self.config["classes"])
             codes = np.stack([decode(colours, K) for colours in to_pixels(x0)])
         else:
@@ -479,7 +522,7 @@ class Text2Mask(TextToImage):
                 last = logits  # (B, K + 2, H, W)
                 return self.expected_colours(logits)
             x0 = self.generate(captions, seeds, steps, guidance, sampler, size, interval=interval,
-                               decode=decode_logits)
+                               decode=decode_logits, time_ids=time_ids)
             codes = last.argmax(1).to(torch.uint8).cpu().numpy()
         colour_maps = (x0.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5
         return (codes, colour_maps) if maps else codes
@@ -576,9 +619,7 @@ def choose_size(args, pairs):
         return args.size
     paths = [path for _, path in list_pairs(pairs.folder, masks=False)]
     aspect = float(np.median([width / height for width, height in some_sizes(paths)]))
-    side, multiple = (768, 64) if args.sdxl else (64, 8)
-    height, width = side / aspect ** 0.5, side * aspect ** 0.5
-    return tuple(max(1, round(length / multiple)) * multiple for length in (height, width))
+    return fit_size(aspect, *((768, 64) if args.sdxl else (64, 8)))
 
 
 def find_weights(data, stage, given=None):
@@ -611,6 +652,8 @@ def sampler_flags(parser, stage, prefix=""):
              "SDXL 0 to 14.6)")
     add(f"--{prefix}sampler", choices=tuple(SAMPLERS), default="dpm++",
         help=f"of {what}; edm evaluates the network twice a step and adds fresh noise")
+    add(f"--{prefix}base", type=Path, help=f"folder of SDXL, or of a distilled SDXL, to paint {what} with "
+        "(default: the one of the training)")
 
 
 def choose_sampling(args, model, stage, prefix=""):
@@ -651,8 +694,10 @@ def fit_generator(model, loss, data, args, stage, picture, measure=None, followi
     if args.init and args.init != args.sdxl:  # SDXL's folder does not change: its name is enough
         settings["init"] += f" {diffusion.weights_hash(args.init)}"
 
-    keys = ("steps", "batch", "accumulate", "lr", "seed", "device", "compile", "workers", "save_every")
+    keys = ("steps", "batch", "accumulate", "lr", "seed", "device", "workers", "save_every")
     loop = {key: getattr(args, key) for key in keys}
+    if args.compile:
+        networks.compile_blocks(model)
     if args.sdxl:
         loop.update(SDXL_LOOP)
         model.enable_checkpointing()
@@ -721,7 +766,8 @@ def train(args):
     torch.manual_seed(seed_of(args.seed, "weights"))
     model = new_model(args, pairs.classes, device)
     pairs.keep()
-    data = CaptionedPairs(pairs, args.size, model.text.tokenize)
+    sizes = painted_sizes(model, pairs, pairs.names)
+    data = CaptionedPairs(pairs, args.size, model.text.tokenize, sizes=sizes)
     counts = count_codes(data, len(pairs.classes) + 2)
     if not model.vae:
         model.class_weights = class_weights(counts)
@@ -746,7 +792,7 @@ def train(args):
 def sample_mask(args):
     """Paint the mask of one caption -> OUT/{mask,colours,legend}.png."""
     device, _, _ = diffusion.setup(args.device)
-    model = diffusion.load(Text2Mask, find_weights("shapes", "text2mask", args.init), device)
+    model = diffusion.load(Text2Mask, find_weights("shapes", "text2mask", args.init), device, args.base)
     choose_sampling(args, model, "text2mask")
     classes = model.config["classes"]
     codes = model.sample([args.prompt], [seed_of(args.seed)], args.steps, args.guidance, args.sampler,
