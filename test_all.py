@@ -58,7 +58,7 @@ import text2mask
 import train as T
 import unet as nets
 from bench import camvid as bench_camvid, compare as C, masks
-from data import caption, pairs as P, prepare
+from data import caption, pairs as P, prepare, subset
 from data.ade20k import prepare as ade
 from data.camvid import prepare as camvid
 from data.coco import export, prepare as coco
@@ -3843,6 +3843,32 @@ def test_masks_fit_photos_as_a_viewer_shows_them(tmp_path):
     shutil.rmtree(tmp_path / "out")
     Image.new("L", stored.size).save(tmp_path / "masks/0.png")
     assert "when its EXIF orientation is heeded" in mistake(prepare, *mask_flags(tmp_path))
+
+
+# ---- data/subset.py ----------------------------------------------------------------------------------------
+
+def test_a_subset_leaks_no_mask(world, tmp_path):
+    data = shutil.copytree(world, tmp_path / "data")
+    for part in "images", "captions":  # a photo that never had labels
+        file = next((data / "train" / part).iterdir())
+        (data / "unlabelled" / part).mkdir(parents=True)
+        shutil.copy(file, data / "unlabelled" / part / f"photo{file.suffix}")
+    command = subset, "--data", data, "--every", 5, "--out", tmp_path / "few"
+    call(*command)
+    whole, few = PairFolder(data / "train"), PairFolder(tmp_path / "few/train")
+    assert few.names == whole.names[::5] and len(few) == 3
+    assert np.array_equal(few.read(1)["instances"], whole.read(5)["instances"])
+    photos = PairFolder(tmp_path / "few/unlabelled", ("image",))
+    assert photos.names == [*whole.names, "photo"] and photos.captions(4) == whole.captions(4)
+    assert not list((tmp_path / "few/unlabelled").rglob("masks")) + list((tmp_path / "few/unlabelled").rglob("inst*/*"))
+    assert PairFolder(tmp_path / "few/val").fingerprint() == PairFolder(world / "val").fingerprint()
+    assert "exists already" in mistake(*command)
+
+
+def test_a_sheet_keeps_the_shape_of_its_pictures():
+    wide, tall = np.zeros((8, 16, 3), np.uint8), np.zeros((16, 8, 3), np.uint8)
+    black = np.asarray(P.contact_sheet({"": [wide, tall]}))[..., 0] < 128
+    assert black.sum() == 144 * 72 + 36 * 72  # 144 x 72 pixels, and as high beside it
 
 
 # ---- data/caption.py ---------------------------------------------------------------------------------------

@@ -621,7 +621,7 @@ def contact_sheet(rows, captions=(), classes=(), title="", columns=8):
     for i in range(count):
         x, y = left + i % columns * (width + 4), top + i // columns * block
         for name, pictures in rows.items():
-            sheet.paste(Image.fromarray(pictures[i]).resize((width, height), resampling), (x, y))
+            sheet.paste(ImageOps.contain(Image.fromarray(pictures[i]), (width, height), resampling), (x, y))
             if i % columns == 0:
                 draw.text((4, y + height // 2 - 8), name, "black", FONT)
             y += row_height
