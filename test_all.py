@@ -4478,7 +4478,7 @@ def test_benches_start_and_show_their_flags(script, monkeypatch, capsys):
     ("vs_diffusers.py", "--what forward sample --rounds 1 --steps 2",
      {" s ": 2, "MB ": 2, "difference 0 ": 1}),
     ("vs_transformers.py", "--what forward --rounds 1 --sizes 64", {" s ": 1, "MB ": 1}),
-    ("paper_scale.py", "--width toy --size 64 --batch 1", {" s a step ": 3, " s an image ": 2})])
+    ("paper_scale.py", "--width toy --size 64 --batch 1", {" s a step ": 7, " s an image ": 8})])
 def test_benches_beside_public_libraries(script, flags, units, tmp_path):
     pytest.importorskip("diffusers")
     command = [sys.executable, REPO / "bench" / script, *flags.split(), "--device", "cpu"]
