@@ -57,7 +57,7 @@ import masksyn
 import text2mask
 import train as T
 import unet as nets
-from bench import camvid as bench_camvid, compare as C, masks
+from bench import camvid as bench_camvid, compare as C, masks, nearest
 from data import caption, pairs as P, prepare, subset
 from data.ade20k import prepare as ade
 from data.camvid import prepare as camvid
@@ -4508,6 +4508,15 @@ def test_numbers_and_colours_of_a_caption(caption, things):
     words = {"house": ["house", "houses"], "person": ["man"], "tree": ["tree", "trees"], "sun": ["sun"],
              "boat": ["boat", "boats"]}
     assert masks.described_things(caption, words) == things
+
+
+def test_copies_of_training_photos_are_found(world, tmp_path, capsys):
+    call(nearest, "--data", world, "--pairs", world / "train", "--out", tmp_path / "nearest.png")
+    val, copies, _ = capsys.readouterr().out.splitlines()
+    assert "; 100.0 % are nearer" in copies and "train: 0.0 grey levels at 5 %, 0.0 at 50 %" in copies
+    distance, which = nearest.nearest(*(np.float32(a) for a in ([[0, 0], [9, 9]], [[8, 8], [3, 4]])))
+    assert which.tolist() == [1, 0] and distance.tolist() == pytest.approx([12.5 ** 0.5, 1])
+    assert not val.startswith(f"{world}/val: 0.0") and (tmp_path / "nearest.png").exists()
 
 
 def test_the_figures_of_a_mask_counted_by_hand():
