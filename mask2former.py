@@ -287,12 +287,12 @@ class DeformableAttention(nn.Module):
         """x (B, N, D): the tokens of all maps in a row; position (1, N, D): their encodings; centres (N, 2):
         their x y in 0..1; sizes: (h, w) of each map -> (B, N, D)."""
         query = x + position
-        offsets = rearrange(upcast(self.offsets(query)), "b n (m s p c) -> s (b m) p n c",
+        offsets = rearrange(self.offsets(query), "b n (m s p c) -> s (b m) p n c",
                             m=self.heads, s=self.levels, c=2)          # a map: (B M, P, N, 2)
-        weights = rearrange(upcast(self.weights(query)), "b n (m j) -> b n m j", m=self.heads)
+        weights = rearrange(self.weights(query), "b n (m j) -> b n m j", m=self.heads)
         weights = weights.softmax(-1)                                  # over the points of all maps
         weights = rearrange(weights, "b n m (s p) -> s (b m) 1 p n", s=self.levels)
-        values = upcast(self.value(x)).split([h * w for h, w in sizes], 1)
+        values = self.value(x).split([h * w for h, w in sizes], 1)
         total = 0
         for value, offset, weight, (h, w) in zip(values, offsets, weights, sizes):
             value = rearrange(value, "b (h w) (m d) -> (b m) d h w", h=h, m=self.heads)
@@ -300,7 +300,7 @@ class DeformableAttention(nn.Module):
             pixel = torch.stack([offset.new_full((), 2 / w), offset.new_full((), 2 / h)])
             points = 2 * centres - 1 + offset * pixel                  # (B M, P, N, 2)
             total = total + self.read(value, points, weight)           # (B M, d, N)
-        return self.out(rearrange(total, "(b m) d n -> b n (m d)", b=len(x)).to(x.dtype))
+        return self.out(rearrange(total, "(b m) d n -> b n (m d)", b=len(x)))
 
     def read(self, value, points, weight):
         """`read_points`. What it reads is P times as large as the map: for a big map, autograd does not keep
@@ -517,7 +517,9 @@ class Mask2Former(nn.Module):
     def forward(self, images):
         x = (images - self.mean) / self.std        # (B, 3, H, W)
         maps = self.backbone(x)                    # (B, C, h, w) each, strides 4, 8, 16, 32
-        features, maps = self.pixel_decoder(maps)  # (B, D, h, w) of stride 4; strides 32, 16, 8
+        # In fp32 as in the original: bf16 has too few digits for where a point lies in a map
+        with torch.autocast(x.device.type, enabled=False):
+            features, maps = self.pixel_decoder([upcast(m) for m in maps])  # stride 4; strides 32, 16, 8
         return self.decoder(features, maps)        # L outputs
 
 

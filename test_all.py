@@ -2251,7 +2251,8 @@ def test_imagenet_weights_are_torchvisions(name, file, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, labels", [("tiny", [0, 2]), ("resnet50", [1]), ("swin_t", [])])
 def test_backbones_compute_a_batch_as_its_images_and_train_in_bf16(name, labels, monkeypatch):
-    """The loss is in fp32, and finite for masks without a pixel (resnet50) and no targets (swin_t) too."""
+    """The pixel decoder and the loss are in fp32. The loss is finite for masks without a pixel (resnet50) and
+    no targets (swin_t) too."""
     monkeypatch.setattr(torch, "rand", equal_points)
     model, x = toy_model(backbone=name).eval(), torch.randn(2, 3, 64, 64)
     truth = [some_targets(), some_targets(*labels)]
@@ -2259,9 +2260,15 @@ def test_backbones_compute_a_batch_as_its_images_and_train_in_bf16(name, labels,
     for a, b in zip(model(x), model(x[1:]), strict=True):
         assert torch.allclose(a["class_logits"][1:], b["class_logits"], atol=1e-4)
         assert torch.allclose(m2f.mask_logits(a)[1:], m2f.mask_logits(b), atol=1e-3)
+    dtypes = set()
+    for layer in model.pixel_decoder.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):  # which autocast would round
+            layer.register_forward_hook(lambda layer, inputs, output: dtypes.add(output.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         assert name != "resnet50" or model.backbone(x)[0].dtype == torch.bfloat16  # frozen norms keep it
         outputs = model.train()(x)
+        assert dtypes == {torch.float32} and outputs[0]["features"].dtype == torch.float32
+        assert outputs[0]["class_logits"].dtype == torch.bfloat16
         loss, parts = model.loss(outputs, truth)
     assert loss == model.loss(outputs, truth)[0] and torch.allclose(loss, sum(parts.values()))
     loss.backward()
