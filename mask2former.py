@@ -41,9 +41,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import MLP, FrozenBatchNorm2d
 
 TASKS = ("semantic", "panoptic", "instance")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's
@@ -483,6 +483,10 @@ def mask_logits(output):
     return torch.einsum("bqd,bdhw->bqhw", output["mask_embed"], output["features"])
 
 
+# What the networks repeat, for torch.compile. Swin's blocks all differ, by their stochastic depth
+BLOCKS = BasicBlock, Bottleneck, WindowAttention, MLP, EncoderLayer, DecoderLayer
+
+
 class Mask2Former(nn.Module):
     """images (B, 3, H, W) in 0..1, normalised inside -> a list of L = decoder_layers + 1 outputs, see
     `Decoder.output`. The last is the prediction; `mask_logits` computes its masks, at stride 4 (tiny: 2).
@@ -716,7 +720,7 @@ class SetLoss(nn.Module):
         """"valid" of all images, (B, 1, H, W), in the features' dtype; None if no image has it."""
         if not any("valid" in t for t in targets):
             return None
-        everywhere = torch.ones(targets[0]["masks"].shape[1:])
+        everywhere = features.new_ones(targets[0]["masks"].shape[1:])
         return torch.stack([t.get("valid", everywhere).to(features) for t in targets])[:, None]
 
     @torch.no_grad()
@@ -769,9 +773,11 @@ class SetLoss(nn.Module):
         """Cross entropy with the class of each query's target, or with "no object", which counts little since
         most queries are that: a weighted mean for each output, summed."""
         L, B, Q, _ = logits.shape
-        wanted = torch.full((L, B, Q), self.num_classes, device=logits.device)
-        output, target = (query >= 0).nonzero(as_tuple=True)
-        wanted[output, image[target], query[output, target]] = torch.cat(labels)[target]
+        # Targets that are left out, -1, go to an additional last query. (nonzero would wait for the GPU)
+        wanted = torch.full((L, B, Q + 1), self.num_classes, device=logits.device)
+        output = torch.arange(L, device=logits.device)[:, None]
+        wanted[output, image, query] = torch.cat(labels)
+        wanted = wanted[..., :Q]
         weight = logits.new_ones(self.num_classes + 1)
         weight[-1] = self.no_object
         error = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none")
@@ -827,7 +833,7 @@ class SetLoss(nn.Module):
 
 def average_count(masks, device):
     """The number of target masks, averaged over ranks and at least 1, as a tensor."""
-    masks = torch.tensor(float(masks), device=device)
+    masks = torch.full((), float(masks), device=device)  # torch.tensor would wait for the GPU
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(masks)
         masks = masks / dist.get_world_size()

@@ -45,6 +45,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load, save, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -2131,7 +2132,8 @@ def test_a_gpu_training_that_was_killed_goes_on(world, tmp_path):
 
 # ---- mask2former.py ----------------------------------------------------------------------------------------
 
-TOY = dict(m2f.PRESETS["tiny"], queries=12, isthing=[False, True, True])
+TOY_SIZES = dict(m2f.PRESETS["tiny"], queries=12)
+TOY = dict(TOY_SIZES, isthing=[False, True, True])
 
 
 def toy_model(**changes):
@@ -2690,6 +2692,59 @@ def test_accumulation_equals_one_batch(world, monkeypatch):
         results.append((loss["loss"].item(), torch.cat(gradients)))
     (loss, gradient), (other_loss, other) = results
     assert loss == pytest.approx(other_loss, rel=1e-4) and (gradient - other).norm() < 1e-3 * gradient.norm()
+
+
+class RefuseToWait(TorchDispatchMode):
+    """Refuses the operations that read a value or a mask back: for those the CPU waits for a GPU."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select"), operation
+        indices = args[1] if name in ("index", "index_put", "index_put_", "_unsafe_index") else ()
+        assert not any(i is not None and i.dtype == torch.bool for i in indices), operation
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_nothing_but_the_matching(world, monkeypatch):
+    """Also with targets that are left out: an image has more than the two queries."""
+    model = m2f.Mask2Former(13, **dict(TOY_SIZES, queries=2)).train()
+    images, truth = T.Batches(PairFolder(world / "train"), batch=2, task="panoptic")[0]
+    optimiser, match = T.make_optimiser(model, 1e-3), model.loss.match
+
+    def match_outside(*inputs):
+        with torch._C._DisableTorchDispatch():
+            return match(*inputs)
+    monkeypatch.setattr(model.loss, "match", match_outside)
+    monkeypatch.setattr(torch, "tensor", pytest.fail)  # of numbers: the CPU waits for their copy
+    with RefuseToWait():
+        losses = T.step_gradients(model, model.loss, [(images, truth)], torch.device("cpu"))
+        losses["loss"] += 0 * nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+    assert losses["loss"].isfinite()
+
+
+def test_compiled_blocks_share_their_code_and_learn_as_the_model(monkeypatch):
+    """Of the backbone 4 blocks, of 2 + 6 layers 1 + 4 kinds: there are three maps, and queries as learned."""
+    graphs = []
+
+    def count(graph, inputs):  # stands in for the compiler, which would take a minute
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=count))
+    monkeypatch.setattr(torch, "rand", equal_points)
+    model, x, truth = toy_model(decoder_layers=6).train(), torch.randn(2, 3, 64, 64), [some_targets(0, 2)] * 2
+    losses, gradients = [], []
+    for net in (model, T.compile_blocks(model)):
+        loss, _ = model.loss(net(x), truth)
+        model.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert len(graphs) == (0 if net is model else 9)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
+    model(x)
+    assert len(graphs) == 9  # the plain model stays as it is
 
 
 @pytest.mark.parametrize("task, judge, least", [
