@@ -3206,6 +3206,21 @@ def test_sizes_and_batch_of_the_recipes(tmp_path, flags, ranks, size, sides, bat
     assert (cfg["size"], args.sides, T.micro_batch(cfg)) == (size, sides, batch)
 
 
+def test_a_leak_through_the_generators_is_named(tmp_path):
+    """Of the synthetic folders, two name how many pairs their generators saw, and one of these more than the
+    training gets."""
+    real = PairFolder(pair_folder(tmp_path / "real"), limit=2)
+    metas = {"masksyn": {"text2mask_pairs": 3, "mask2img_pairs": 2}, "imgsyn": {"mask2img_pairs": 2},
+             "old": {"text2mask_pairs": None}, "photos": None}
+    for name, meta in metas.items():
+        pair_folder(tmp_path / name)
+        if meta is not None:
+            P.write_json(tmp_path / name / "meta.json", meta)
+    line, = T.describe_leaks(real, [PairFolder(tmp_path / name) for name in metas])
+    assert line == (f"{tmp_path / 'masksyn'}: its generators were trained on 3 pairs, but this training gets "
+                    f"2 of {tmp_path / 'real'}: the other 1 leak in")
+
+
 @pytest.mark.parametrize("task, least", [("panoptic", 20), ("instance", 5)])
 def test_the_script_trains_then_evaluates_other_folders(world, tmp_path, capsys, task, least):
     """What it prints; the log has the parts of the loss; the last weights are measured."""

@@ -1082,10 +1082,26 @@ def describe_run(args, cfg, model, real, synth, out):
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     images = micro_batch(cfg) * cfg["accumulate"] * cfg["world"]
     (h, w), (H, W) = cfg["size"], median_size(real)
-    return (f"{out}: {pairs}\n"
-            f"{args.device}, {precision(args.device)}, {model.config['backbone']} of {millions:.1f} M "
-            f"parameters, {cfg['steps']} steps of {images} images\n"
-            f"crops of {w} x {h}, {CROPS[cfg['recipe']]} (which is about {W} x {H})")
+    return "\n".join([
+        f"{out}: {pairs}",
+        f"{args.device}, {precision(args.device)}, {model.config['backbone']} of {millions:.1f} M parameters, "
+        f"{cfg['steps']} steps of {images} images",
+        f"crops of {w} x {h}, {CROPS[cfg['recipe']]} (which is about {W} x {H})",
+        *describe_leaks(real, synth)])
+
+
+def describe_leaks(real, synth):
+    """A line for each synthetic folder whose generators were trained on more pairs than this training gets:
+    through it the training learns from the others too."""
+    lines = []
+    for pairs in synth:
+        path = pairs.folder / "meta.json"
+        meta = read_json(path) if path.is_file() else {}
+        seen = max(meta.get(f"{stage}_pairs") or 0 for stage in ("text2mask", "mask2img"))
+        if seen > len(real):
+            lines.append(f"{pairs.folder}: its generators were trained on {seen} pairs, but this training "
+                         f"gets {len(real)} of {real.folder}: the other {seen - len(real)} leak in")
+    return lines
 
 
 def evaluate_splits(args, model, splits, predictions=None, multi_scale=False):
