@@ -204,10 +204,20 @@ class Swin(nn.Module):
     def load_imagenet(self):
         """Load torchvision's ImageNet weights. Raises ValueError where they cannot be had."""
         if SWINS[self.name]["window_size"] != [7, 7]:
-            raise ValueError(f"torchvision has no {self.name} with windows of 12. Choose swin_t or swin_s")
+            raise ValueError(f"torchvision has no {self.name} with windows of 12. Load a folder of "
+                             "transformers, or choose swin_t or swin_s")
         public = imagenet_weights(self.name)
         own = self.features.state_dict()
         self.features.load_state_dict({key: public[f"features.{key}"] for key in own})
+
+    def load_folder(self, folder):
+        """Load the weights of a Swin or a classifier on it, as transformers stores them. The norms of the
+        maps stay new. Raises ValueError where another tensor is missing, unknown or of another shape."""
+        file, tensors, _ = read_weights(folder)
+        within = "model.pixel_level_module.encoder."  # where an official Mask2Former has them
+        tensors = rename({within + key.removeprefix("swin."): value for key, value in tensors.items()})
+        tensors = {key.removeprefix("backbone.features."): value for key, value in tensors.items()}
+        load_strict(self.features, tensors, file)
 
     def forward(self, x):
         x = F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
@@ -494,7 +504,8 @@ class Mask2Former(nn.Module):
     `loss(outputs, targets)` is the training loss, see `SetLoss`. isthing (K bools), class_names and task
     describe the data; mean and std are those of its colours, for the normalisation. All arguments are
     kept in `config`, which rebuilds the model. All weights are new; for ImageNet's, call
-    `model.backbone.load_imagenet()`. Raises ValueError for an unknown backbone."""
+    `model.backbone.load_imagenet()`, or `load_folder` of a Swin. Raises ValueError for an unknown
+    backbone."""
 
     def __init__(self, num_classes, backbone="resnet50", queries=100, width=256, heads=8, encoder_layers=6,
                  decoder_layers=9, encoder_ffn=1024, decoder_ffn=2048, class_weight=2.0, mask_weight=5.0,
@@ -1058,10 +1069,7 @@ def load(path, task=None):
     task  one of TASKS, instead of the one that the weights were trained for
 
     Raises ValueError, with the path, for anything else."""
-    file, *others = weight_files(path)
-    tensors, metadata = read_safetensors(file)
-    for other in others:
-        tensors |= read_safetensors(other)[0]
+    file, tensors, metadata = read_weights(path)
     if "seggen" in metadata:
         header = json.loads(metadata["seggen"])
         if header["class"] != "Mask2Former":
@@ -1071,12 +1079,26 @@ def load(path, task=None):
         config = public_config(file.with_name("config.json"), tensors)
         tensors = rename(tensors)
     model = Mask2Former(**{**config, "task": task or config["task"]})
+    load_strict(model, tensors, file)
+    return model.eval()
+
+
+def load_strict(net, tensors, file):
+    """Load a state dict that was read from `file`. Raises ValueError where a key or a shape differs."""
     try:
-        model.load_state_dict(tensors)
+        net.load_state_dict(tensors)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise ValueError(f"{file}: not the weights of this network. {first:.200}") from error
-    return model.eval()
+
+
+def read_weights(path):
+    """The first file of a checkpoint and the tensors of all its files; the first one's metadata."""
+    file, *others = weight_files(path)
+    tensors, metadata = read_safetensors(file)
+    for other in others:
+        tensors |= read_safetensors(other)[0]
+    return file, tensors, metadata
 
 
 def weight_files(path):
@@ -1104,15 +1126,15 @@ def read_safetensors(file):
 
 # ---- official weights, as transformers stores them ---------------------------------------------------------
 
-# What config.json must say. Most sizes need no entry: weights of other sizes would fail to load
+# What config.json must say of a Mask2Former and of a Swin. Most sizes need no entry: weights of other sizes
+# would fail to load
 REQUIRED = {
     "architectures": ["Mask2FormerForUniversalSegmentation"],
     "activation_function": "relu",
     "pre_norm": False,
     "num_attention_heads": 8,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-5,
 }
+REQUIRED_OF_SWIN = {"model_type": "swin", "hidden_act": "gelu", "layer_norm_eps": 1e-5}
 
 # config.json says neither which classes are things nor always the task. Known data sets are recognised by
 # their number of classes, the first and the last of them
@@ -1180,22 +1202,39 @@ RENAMES = {
     },
     ("class_predictor", "decoder.classes"): {},
 }
-# Constants that our model computes, and norms that theirs never applies
-UNUSED = ("relative_position_index", "criterion.empty_weight", "encoder.layernorm", "swin.layernorm")
+# Constants that our model computes, norms that theirs never applies, the classifier of a Swin
+UNUSED = ("relative_position_index", "criterion.empty_weight", "encoder.layernorm", "swin.layernorm",
+          "encoder.classifier")
+
+
+def check_config(file, config, required):
+    """Raises ValueError where a config.json has other values than those required; missing ones are right."""
+    for key, value in required.items():
+        found = config.get(key, value)
+        if found != value:
+            raise ValueError(f"{file}: {key} is {found}, but this network has {value}. Give other weights")
+
+
+def swin_name(file):
+    """Which one of SWINS a config.json of transformers describes: of a Swin or of a Mask2Former on one."""
+    public = read_json(file)
+    config = public.get("backbone_config") or public
+    check_config(file, config, REQUIRED_OF_SWIN)
+    shape = dict(embed_dim=config.get("embed_dim", 96),
+                 depths=config.get("depths", [2, 2, 6, 2]),
+                 num_heads=config.get("num_heads", [3, 6, 12, 24]),
+                 window_size=2 * [config.get("window_size", 7)])
+    for name, ours in SWINS.items():
+        if ours == shape:
+            return name
+    raise ValueError(f"{file}: a Swin of {shape}. Known are {', '.join(SWINS)}")
 
 
 def public_config(file, tensors):
     """The constructor arguments that a transformers config.json stands for."""
     public = read_json(file)
-    swin = public.get("backbone_config") or {}
-    for key, value in REQUIRED.items():
-        found = {**swin, **public}.get(key, value)
-        if found != value:
-            raise ValueError(f"{file}: {key} is {found}, but this network has {value}. Give other weights")
-    size = swin.get("embed_dim", 96), swin.get("depths", [2, 2, 6, 2])
-    backbones = [name for name, ours in SWINS.items() if (ours["embed_dim"], ours["depths"]) == size]
-    if not backbones:
-        raise ValueError(f"{file}: a backbone of width and depths {size}. Known are {', '.join(SWINS)}")
+    check_config(file, public, REQUIRED)
+    backbone = swin_name(file)
     K = len(tensors["class_predictor.bias"]) - 1
     names = public.get("id2label", {})
     names = [names.get(str(k), f"class {k + 1}").strip() for k in range(K)]
@@ -1204,7 +1243,7 @@ def public_config(file, tensors):
     title = f"{file.absolute().parent.name} {Path(public.get('_name_or_path') or '').name}"
     named = max(TASKS, key=title.rfind)  # the one that it mentions last; -1 where it does not
     return dict(num_classes=K,
-                backbone=backbones[0],
+                backbone=backbone,
                 queries=public.get("num_queries", 100),
                 isthing=isthing,
                 class_names=names,
@@ -1223,6 +1262,8 @@ def read_normalisation(file):
 
 
 def read_json(file):
+    if not file.exists():
+        raise ValueError(f"{file}: no such file. Give a folder as transformers stores a model")
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
@@ -1234,8 +1275,8 @@ def rename(tensors):
     renamed = {rename_key(key): tensor for key, tensor in tensors.items()
                if not any(part in key for part in UNUSED)}
     for key in [key for key in renamed if ".qkv.q." in key]:
-        parts = [renamed.pop(key.replace(".q.", f".{part}.")) for part in "qkv"]
-        renamed[key.replace(".q.", ".")] = torch.cat(parts)
+        parts = [key.replace(".q.", f".{part}.") for part in "qkv"]
+        renamed[key.replace(".q.", ".")] = torch.cat([renamed.pop(part) for part in parts if part in renamed])
     return renamed
 
 

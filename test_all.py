@@ -2251,6 +2251,35 @@ def test_imagenet_weights_are_torchvisions(name, file, tmp_path, monkeypatch):
         model.backbone.load_imagenet()
 
 
+@pytest.mark.peer
+@pytest.mark.parametrize("kind", ["SwinModel", "SwinForImageClassification"])
+def test_a_public_swin_is_trained_as_the_backbone(world, tmp_path, monkeypatch, kind):
+    """Its four maps equal those of SwinBackbone, which reads the same folder; 4 is the window of the smallest
+    too. The trained model needs the folder no more."""
+    transformers = pytest.importorskip("transformers")
+    shape = dict(embed_dim=16, depths=[2, 2, 4, 2], num_heads=[1, 2, 2, 4])
+    monkeypatch.setitem(m2f.SWINS, "swin_toy", shape | {"window_size": [4, 4]})
+    monkeypatch.setitem(m2f.PRESETS, "swin_toy", TOY_SIZES | {"backbone": "swin_toy"})
+    torch.manual_seed(0)
+    theirs = getattr(transformers, kind)(transformers.SwinConfig(**shape, window_size=4, num_labels=5))
+    for p in theirs.parameters():
+        p.data += torch.randn_like(p) * 0.05
+    theirs.save_pretrained(folder := tmp_path / "swin")
+    stages = [f"stage{n}" for n in (1, 2, 3, 4)]
+    theirs = transformers.SwinBackbone.from_pretrained(folder, out_features=stages).eval()
+    model = T.build([dict(name="a", isthing=True)], preset="swin_toy", backbone=folder).eval()
+    x = torch.randn(2, 3, 72, 100)  # maps of 18 x 25, 9 x 13, 5 x 7, 3 x 4
+    for want, found in zip(theirs(x).feature_maps, model.backbone(x), strict=True):
+        assert torch.allclose(want, found, atol=1e-5)
+    flags = "--size", 64, "--steps", 1, "--batch", 1, "--device", "cpu", "--out", tmp_path / "o"
+    call(T, "--data", world, "--backbone", folder, "--queries", 7, *flags)
+    shutil.rmtree(folder)
+    trained = m2f.load(tmp_path / "o")
+    assert trained.config["backbone"] == "swin_toy" and len(trained.decoder.queries) == 7
+    change = [(p - q).abs().max() for p, q in zip(trained.backbone.parameters(), model.backbone.parameters())]
+    assert 0 < max(change) < 1e-3  # one step from the folder's weights
+
+
 @pytest.mark.parametrize("name, labels", [("tiny", [0, 2]), ("resnet50", [1]), ("swin_t", [])])
 def test_backbones_compute_a_batch_as_its_images_and_train_in_bf16(name, labels, monkeypatch):
     """The pixel decoder and the loss are in fp32. The loss is finite for masks without a pixel (resnet50) and
@@ -3186,8 +3215,8 @@ def test_help_shows_the_recipes(capsys):
     with pytest.raises(SystemExit):
         T.main(["-h"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "tiny tiny 1000 8 0.002 data's 250" in text
-    assert "coco resnet50 368750 16 0.0001 1024x1024 25000" in text
+    assert "tiny tiny 1000 8 0.002 data's 250 0" in text
+    assert "coco resnet50 368750 16 0.0001 1024x1024 25000 4" in text
 
 
 @pytest.mark.parametrize("flags, ranks, size, sides, batch", [
@@ -3204,6 +3233,7 @@ def test_sizes_and_batch_of_the_recipes(tmp_path, flags, ranks, size, sides, bat
     args.world = ranks
     cfg = T.settings(args, PairFolder(tmp_path), [])
     assert (cfg["size"], args.sides, T.micro_batch(cfg)) == (size, sides, batch)
+    assert args.workers == (4 if "recipe" in flags else 0) and "workers" not in cfg  # decides no result
 
 
 def test_a_leak_through_the_generators_is_named(tmp_path):
@@ -3282,6 +3312,15 @@ def test_void_pictures_and_absent_classes_are_null_in_every_file(world, tmp_path
     assert not list((tmp_path / "c").rglob("best.safetensors"))
 
 
+def swin_folder(**config):
+    """Writes x/, a folder of a Swin that has few of its tensors."""
+    def write():
+        P.write_json(Path("x/config.json"), config)
+        query = "encoder.layers.0.blocks.0.attention.self.query.weight"
+        save_file({"layernorm.weight": torch.ones(96), query: torch.ones(96, 96)}, "x/model.safetensors")
+    return write
+
+
 # What is spoiled in world/ or beside it, the flags of train.py or bench/compare.py, words of the message.
 @pytest.mark.parametrize("spoil, flags, words", [
     (lambda: Path("world", IMAGE).write_bytes(b"no picture"), "", "00000.png: not a readable picture"),
@@ -3297,6 +3336,13 @@ def test_void_pictures_and_absent_classes_are_null_in_every_file(world, tmp_path
     (None, "--pretrain --p-synth 0.5", "--p-synth has no effect with --pretrain. Give one of them"),
     (None, "--new-head", "--new-head has no effect without --init. Give both of them"),
     (None, "--init x --preset swin_t", "--preset has no effect with --init"),
+    (None, "--init x --queries 9", "--queries has no effect with --init. Give one of them"),
+    (None, "--init x --backbone x", "--backbone has no effect with --init. Give one of them"),
+    (None, "--backbone x --preset swin_t", "--preset has no effect with --backbone. Give one of them"),
+    (None, "--backbone x", "x/config.json: no such file. Give a folder as transformers"),
+    (swin_folder(model_type="resnet"), "--backbone x", "model_type is resnet, but this network has swin"),
+    (swin_folder(model_type="swin", window_size=12), "--backbone x", "'window_size': [12, 12]}. Known are"),
+    (swin_folder(model_type="swin"), "--backbone x", "not the weights of this network. Missing key(s)"),
     (None, "--eval-only --steps 7", "--steps has no effect with --eval-only"),
     (None, "--predictions x", "--predictions has no effect without --eval-only"),
     (None, "--filter world/val", "--filter has no effect without --judge. Give both of them"),
