@@ -45,6 +45,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load, save, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -2237,7 +2238,8 @@ def test_a_gpu_training_that_was_killed_goes_on(world, tmp_path):
 
 # ---- mask2former.py ----------------------------------------------------------------------------------------
 
-TOY = dict(m2f.PRESETS["tiny"], queries=12, isthing=[False, True, True])
+TOY_SIZES = dict(m2f.PRESETS["tiny"], queries=12)
+TOY = dict(TOY_SIZES, isthing=[False, True, True])
 
 
 def toy_model(**changes):
@@ -2355,9 +2357,39 @@ def test_imagenet_weights_are_torchvisions(name, file, tmp_path, monkeypatch):
         model.backbone.load_imagenet()
 
 
+@pytest.mark.peer
+@pytest.mark.parametrize("kind", ["SwinModel", "SwinForImageClassification"])
+def test_a_public_swin_is_trained_as_the_backbone(world, tmp_path, monkeypatch, kind):
+    """Its four maps equal those of SwinBackbone, which reads the same folder; 4 is the window of the smallest
+    too. The trained model needs the folder no more."""
+    transformers = pytest.importorskip("transformers")
+    shape = dict(embed_dim=16, depths=[2, 2, 4, 2], num_heads=[1, 2, 2, 4])
+    monkeypatch.setitem(m2f.SWINS, "swin_toy", shape | {"window_size": [4, 4]})
+    monkeypatch.setitem(m2f.PRESETS, "swin_toy", TOY_SIZES | {"backbone": "swin_toy"})
+    torch.manual_seed(0)
+    theirs = getattr(transformers, kind)(transformers.SwinConfig(**shape, window_size=4, num_labels=5))
+    for p in theirs.parameters():
+        p.data += torch.randn_like(p) * 0.05
+    theirs.save_pretrained(folder := tmp_path / "swin")
+    stages = [f"stage{n}" for n in (1, 2, 3, 4)]
+    theirs = transformers.SwinBackbone.from_pretrained(folder, out_features=stages).eval()
+    model = T.build([dict(name="a", isthing=True)], preset="swin_toy", backbone=folder).eval()
+    x = torch.randn(2, 3, 72, 100)  # maps of 18 x 25, 9 x 13, 5 x 7, 3 x 4
+    for want, found in zip(theirs(x).feature_maps, model.backbone(x), strict=True):
+        assert torch.allclose(want, found, atol=1e-5)
+    flags = "--size", 64, "--steps", 1, "--batch", 1, "--device", "cpu", "--out", tmp_path / "o"
+    call(T, "--data", world, "--backbone", folder, "--queries", 7, *flags)
+    shutil.rmtree(folder)
+    trained = m2f.load(tmp_path / "o")
+    assert trained.config["backbone"] == "swin_toy" and len(trained.decoder.queries) == 7
+    change = [(p - q).abs().max() for p, q in zip(trained.backbone.parameters(), model.backbone.parameters())]
+    assert 0 < max(change) < 1e-3  # one step from the folder's weights
+
+
 @pytest.mark.parametrize("name, labels", [("tiny", [0, 2]), ("resnet50", [1]), ("swin_t", [])])
 def test_backbones_compute_a_batch_as_its_images_and_train_in_bf16(name, labels, monkeypatch):
-    """The loss is in fp32, and finite for masks without a pixel (resnet50) and no targets (swin_t) too."""
+    """The pixel decoder and the loss are in fp32. The loss is finite for masks without a pixel (resnet50) and
+    no targets (swin_t) too."""
     monkeypatch.setattr(torch, "rand", equal_points)
     model, x = toy_model(backbone=name).eval(), torch.randn(2, 3, 64, 64)
     truth = [some_targets(), some_targets(*labels)]
@@ -2365,9 +2397,15 @@ def test_backbones_compute_a_batch_as_its_images_and_train_in_bf16(name, labels,
     for a, b in zip(model(x), model(x[1:]), strict=True):
         assert torch.allclose(a["class_logits"][1:], b["class_logits"], atol=1e-4)
         assert torch.allclose(m2f.mask_logits(a)[1:], m2f.mask_logits(b), atol=1e-3)
+    dtypes = set()
+    for layer in model.pixel_decoder.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):  # which autocast would round
+            layer.register_forward_hook(lambda layer, inputs, output: dtypes.add(output.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         assert name != "resnet50" or model.backbone(x)[0].dtype == torch.bfloat16  # frozen norms keep it
         outputs = model.train()(x)
+        assert dtypes == {torch.float32} and outputs[0]["features"].dtype == torch.float32
+        assert outputs[0]["class_logits"].dtype == torch.bfloat16
         loss, parts = model.loss(outputs, truth)
     assert loss == model.loss(outputs, truth)[0] and torch.allclose(loss, sum(parts.values()))
     loss.backward()
@@ -2789,6 +2827,59 @@ def test_accumulation_equals_one_batch(world, monkeypatch):
         results.append((loss["loss"].item(), torch.cat(gradients)))
     (loss, gradient), (other_loss, other) = results
     assert loss == pytest.approx(other_loss, rel=1e-4) and (gradient - other).norm() < 1e-3 * gradient.norm()
+
+
+class RefuseToWait(TorchDispatchMode):
+    """Refuses the operations that read a value or a mask back: for those the CPU waits for a GPU."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select"), operation
+        indices = args[1] if name in ("index", "index_put", "index_put_", "_unsafe_index") else ()
+        assert not any(i is not None and i.dtype == torch.bool for i in indices), operation
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_nothing_but_the_matching(world, monkeypatch):
+    """Also with targets that are left out: an image has more than the two queries."""
+    model = m2f.Mask2Former(13, **dict(TOY_SIZES, queries=2)).train()
+    images, truth = T.Batches(PairFolder(world / "train"), batch=2, task="panoptic")[0]
+    optimiser, match = T.make_optimiser(model, 1e-3), model.loss.match
+
+    def match_outside(*inputs):
+        with torch._C._DisableTorchDispatch():
+            return match(*inputs)
+    monkeypatch.setattr(model.loss, "match", match_outside)
+    monkeypatch.setattr(torch, "tensor", pytest.fail)  # of numbers: the CPU waits for their copy
+    with RefuseToWait():
+        losses = T.step_gradients(model, model.loss, [(images, truth)], torch.device("cpu"))
+        losses["loss"] += 0 * nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+    assert losses["loss"].isfinite()
+
+
+def test_compiled_blocks_share_their_code_and_learn_as_the_model(monkeypatch):
+    """Of the backbone 4 blocks, of 2 + 6 layers 1 + 4 kinds: there are three maps, and queries as learned."""
+    graphs = []
+
+    def count(graph, inputs):  # stands in for the compiler, which would take a minute
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=count))
+    monkeypatch.setattr(torch, "rand", equal_points)
+    model, x, truth = toy_model(decoder_layers=6).train(), torch.randn(2, 3, 64, 64), [some_targets(0, 2)] * 2
+    losses, gradients = [], []
+    for net in (model, T.compile_blocks(model)):
+        loss, _ = model.loss(net(x), truth)
+        model.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert len(graphs) == (0 if net is model else 9)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
+    model(x)
+    assert len(graphs) == 9  # the plain model stays as it is
 
 
 @pytest.mark.parametrize("task, judge, least", [
@@ -3230,8 +3321,8 @@ def test_help_shows_the_recipes(capsys):
     with pytest.raises(SystemExit):
         T.main(["-h"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "tiny tiny 1000 8 0.002 data's 250" in text
-    assert "coco resnet50 368750 16 0.0001 1024x1024 25000" in text
+    assert "tiny tiny 1000 8 0.002 data's 250 0" in text
+    assert "coco resnet50 368750 16 0.0001 1024x1024 25000 4" in text
 
 
 @pytest.mark.parametrize("flags, ranks, size, sides, batch", [
@@ -3248,6 +3339,22 @@ def test_sizes_and_batch_of_the_recipes(tmp_path, flags, ranks, size, sides, bat
     args.world = ranks
     cfg = T.settings(args, PairFolder(tmp_path), [])
     assert (cfg["size"], args.sides, T.micro_batch(cfg)) == (size, sides, batch)
+    assert args.workers == (4 if "recipe" in flags else 0) and "workers" not in cfg  # decides no result
+
+
+def test_a_leak_through_the_generators_is_named(tmp_path):
+    """Of the synthetic folders, two name how many pairs their generators saw, and one of these more than the
+    training gets."""
+    real = PairFolder(pair_folder(tmp_path / "real"), limit=2)
+    metas = {"masksyn": {"text2mask_pairs": 3, "mask2img_pairs": 2}, "imgsyn": {"mask2img_pairs": 2},
+             "old": {"text2mask_pairs": None}, "photos": None}
+    for name, meta in metas.items():
+        pair_folder(tmp_path / name)
+        if meta is not None:
+            P.write_json(tmp_path / name / "meta.json", meta)
+    line, = T.describe_leaks(real, [PairFolder(tmp_path / name) for name in metas])
+    assert line == (f"{tmp_path / 'masksyn'}: its generators were trained on 3 pairs, but this training gets "
+                    f"2 of {tmp_path / 'real'}: the other 1 leak in")
 
 
 @pytest.mark.parametrize("task, least", [("panoptic", 20), ("instance", 5)])
@@ -3311,6 +3418,15 @@ def test_void_pictures_and_absent_classes_are_null_in_every_file(world, tmp_path
     assert not list((tmp_path / "c").rglob("best.safetensors"))
 
 
+def swin_folder(**config):
+    """Writes x/, a folder of a Swin that has few of its tensors."""
+    def write():
+        P.write_json(Path("x/config.json"), config)
+        query = "encoder.layers.0.blocks.0.attention.self.query.weight"
+        save_file({"layernorm.weight": torch.ones(96), query: torch.ones(96, 96)}, "x/model.safetensors")
+    return write
+
+
 # What is spoiled in world/ or beside it, the flags of train.py or bench/compare.py, words of the message.
 @pytest.mark.parametrize("spoil, flags, words", [
     (lambda: Path("world", IMAGE).write_bytes(b"no picture"), "", "00000.png: not a readable picture"),
@@ -3326,6 +3442,13 @@ def test_void_pictures_and_absent_classes_are_null_in_every_file(world, tmp_path
     (None, "--pretrain --p-synth 0.5", "--p-synth has no effect with --pretrain. Give one of them"),
     (None, "--new-head", "--new-head has no effect without --init. Give both of them"),
     (None, "--init x --preset swin_t", "--preset has no effect with --init"),
+    (None, "--init x --queries 9", "--queries has no effect with --init. Give one of them"),
+    (None, "--init x --backbone x", "--backbone has no effect with --init. Give one of them"),
+    (None, "--backbone x --preset swin_t", "--preset has no effect with --backbone. Give one of them"),
+    (None, "--backbone x", "x/config.json: no such file. Give a folder as transformers"),
+    (swin_folder(model_type="resnet"), "--backbone x", "model_type is resnet, but this network has swin"),
+    (swin_folder(model_type="swin", window_size=12), "--backbone x", "'window_size': [12, 12]}. Known are"),
+    (swin_folder(model_type="swin"), "--backbone x", "not the weights of this network. Missing key(s)"),
     (None, "--eval-only --steps 7", "--steps has no effect with --eval-only"),
     (None, "--predictions x", "--predictions has no effect without --eval-only"),
     (None, "--filter world/val", "--filter has no effect without --judge. Give both of them"),
