@@ -733,12 +733,13 @@ def save(model, folder):
 
     A model on a public base names in `checkpoint_part` the one network that was trained: then only that is
     written, with its config.json, under public names, so that `from_pretrained(FOLDER)` opens it. A part
-    without a `public_config` is a LoRA: `load_lora_weights(FOLDER)` opens its one file.
+    without a `public_config` is a LoRA: `load_lora_weights(FOLDER)` opens its one file. An attribute
+    `trained_on`, JSON values, is saved too.
     """
     folder, part = Path(folder), getattr(model, "checkpoint_part", None)
     state = {name: t.detach().cpu().contiguous() for name, t in (part or model).state_dict().items()}
-    config = getattr(model, "config", {})
-    metadata = json.dumps({"format": FORMAT, "class": type(model).__name__, "config": config})
+    header = {"format": FORMAT, "class": type(model).__name__, "config": getattr(model, "config", {}),
+              "trained_on": getattr(model, "trained_on", None)}
     name = LORA_FILE if part else OWN_FILE
     if hasattr(part, "public_config"):
         name = PUBLIC_FILE
@@ -746,7 +747,7 @@ def save(model, folder):
             temporary.write_text(json.dumps(part.public_config(), indent=1) + "\n")
     with atomic_write(folder / name) as temporary:
         try:
-            save_file(state, temporary, metadata={"seggen": metadata})
+            save_file(state, temporary, metadata={"seggen": json.dumps(header)})
         except SafetensorError as error:  # a full disk, for one
             raise OSError(f"{folder}: {error}")
         umask = os.umask(0)
@@ -774,7 +775,7 @@ def weights_hash(path):
 
 @contextlib.contextmanager
 def open_checkpoint(path):
-    """Yield a checkpoint's file and its header {"format", "class", "config"}. Raises ValueError."""
+    """Yield a checkpoint's file and its header, the dict that `save` wrote. Raises ValueError."""
     path = checkpoint_file(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file. Train this model first or give another one")

@@ -90,6 +90,9 @@ def describe(args, fingerprint, **checkpoints):
     meta = {key: str(value) for key, value in vars(args).items() if key not in passed_over}
     for name, path in checkpoints.items():
         meta[f"{name}_weights"] = diffusion.weights_hash(path)
+        trained_on = diffusion.read_header(path).get("trained_on")
+        if trained_on:
+            meta[f"{name}_pairs"] = trained_on["pairs"]
     return meta | {"source": fingerprint}
 
 

@@ -1397,6 +1397,7 @@ def test_generators_train_and_feed_both_syntheses(world, tmp_path, rank):
         assert len(pairs) == 2 + len(more) and pairs.has_instances and (out / "samples.png").exists()
         assert pairs.read(0)["image"].shape == (16, 32, 3)
         assert pairs.captions(0)[0] == PairFolder(world / "train").captions(0)[0]
+        assert P.read_json(out / "meta.json")["mask2img_pairs"] == 4  # train.py names a leak by it
 
 
 @pytest.mark.parametrize("per_source, batch, ranks", [(1, 4, 1), (3, 4, 2), (2, 16, 3)])

@@ -694,6 +694,7 @@ def fit_generator(model, loss, data, args, stage, picture, measure=None, followi
     if args.init and args.init != args.sdxl:  # SDXL's folder does not change: its name is enough
         settings["init"] += f" {diffusion.weights_hash(args.init)}"
 
+    model.trained_on = dict(folder=str(data.pairs.folder), pairs=len(data))
     keys = ("steps", "batch", "accumulate", "lr", "seed", "device", "workers", "save_every")
     loop = {key: getattr(args, key) for key in keys}
     if args.compile:

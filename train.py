@@ -274,8 +274,8 @@ def train(model, batches, out, cfg, device, compile=False, workers=0, measure=No
             save(model, folder.out / "model.safetensors")
         return model.eval()
 
-    # Train the compiled and distributed net; save the plain model, whose key names are clean.
-    net = wrap(compile_blocks(model) if compile else model, device, batches.world, compile=False)
+    # Train the compiled and distributed net; evaluate and save the plain model.
+    net = wrap(compile_blocks(model) if compile else model, device, batches.world)
     stream = load_steps(batches, first, steps, accumulate, device, workers)
     history, clock = [], time.time()
     bar = tqdm(range(first, steps), "train", initial=first, total=steps, disable=rank > 0, mininterval=1)
