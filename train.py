@@ -1102,8 +1102,8 @@ def describe_run(args, cfg, model, real, synth, out):
     (h, w), (H, W) = cfg["size"], median_size(real)
     return "\n".join([
         f"{out}: {pairs}",
-        f"{args.device}, {precision(args.device)}, {model.config['backbone']} of {millions:.1f} M parameters, "
-        f"{cfg['steps']} steps of {images} images",
+        f"{args.device}, {precision(args.device)}, {model.config['backbone']} of {millions:.1f} M "
+        f"parameters, {cfg['steps']} steps of {images} images",
         f"crops of {w} x {h}, {CROPS[cfg['recipe']]} (which is about {W} x {H})",
         *describe_leaks(real, synth)])
 
