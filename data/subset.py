@@ -1,8 +1,8 @@
-"""Every N-th pair of a data set as its labels, all of its photos as unlabelled ones: the setting of few labels.
+"""Few labels, many photos: every N-th pair of a data set, and all of its photos without their masks.
 
 A base may learn from photos and captions alone, which are cheap; masks are not. So OUT/train holds a part of
-the pairs, evenly apart (frames of a film that follow each other look alike), and OUT/unlabelled the images and
-captions of all of them, and of the data's own unlabelled split. Generators and segmenter then read one
+the pairs, evenly apart (frames of a film that follow each other look alike), and OUT/unlabelled the images
+and captions of all of them, and of the data's own unlabelled split. Generators and segmenter then read one
 folder, and no mask but those of OUT/train can leak into any of them.
 
 Reads:   --data, with train/ and perhaps unlabelled/ and other splits.
