@@ -58,8 +58,8 @@ def main(argv=None):
     for name, values in (("val", natural), (str(args.pairs), distance)):
         low, middle = np.percentile(values, (CLOSE, 50))
         share = 100 * (values < limit).mean()
-        print(f"{name}: {low:.1f} grey levels at {CLOSE} %, {middle:.1f} at 50 %; {share:.1f} % are nearer to "
-              f"a photo than {limit:.1f}")
+        print(f"{name}: {low:.1f} grey levels at {CLOSE} %, {middle:.1f} at 50 %; {share:.1f} % are "
+              f"nearer to a photo than {limit:.1f}")
     closest = distance.argsort()[:SHOWN]
     rows = {"synthetic": [synthetic.read(i)["image"] for i in closest],
             "photo": [seen.read(which[i])["image"] for i in closest]}

@@ -173,7 +173,8 @@ def small_generators(args):
     for module in text2mask, mask2img:
         for compile in args.compiled:
             free_memory()
-            flags = SimpleNamespace(size=(64, 64), edges=False, rank=None, init=None, sdxl=None, unfreeze=True)
+            flags = SimpleNamespace(size=(64, 64), edges=False, rank=None, init=None, sdxl=None,
+                                    unfreeze=True)
             model = module.new_model(flags, CLASSES[:13], args.device)
             time_training(args, f"small {type(model).__name__}", model, 16, 1, compile)
 
