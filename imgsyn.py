@@ -18,8 +18,8 @@ from pathlib import Path
 import diffusion
 from data.pairs import FlagParser, PairFolder, check_classes, dataset_name, find_split, read_json, run
 from mask2img import Mask2Img
-from masksyn import (choose_captions, describe, find_generators, limit_sources, paint, synthesis_flags,
-                     synthesize)
+from masksyn import (choose_captions, describe, find_generators, limit_sources, pair_name, paint,
+                     synthesis_flags, synthesize)
 from text2mask import ResizeCrop, choose_sampling
 
 
@@ -74,7 +74,10 @@ def main(argv=None):
         """Jobs -> the arguments of write_pair of each: a human mask, and a new image on it."""
         masks = [read_mask(source) for source, _ in jobs]
         captions = choose_captions(jobs, pairs)
-        return paint(jobs, captions, masks, pairs.has_instances, mask2img, args)
+        painted = paint(jobs, captions, masks, pairs.has_instances, mask2img, args)
+        for (source, k), pair in zip(jobs, painted):
+            pair["same"] = pair_name((source, 0)) if k else None
+        return painted
     out = args.out or Path("out") / dataset_name(args.data) / "imgsyn"
     meta = describe(args, pairs.fingerprint(), mask2img=path)
     if args.hardness:
