@@ -466,7 +466,8 @@ def check_output(out, meta):
     if not out.exists():
         return
     path = out / "meta.json"
-    if not out.is_dir() or not path.is_file() and any(out.glob("[!.]*")):
+    # In this order: meta.json comes first where another process begins to write there now.
+    if not out.is_dir() or any(out.glob("[!.]*")) and not path.is_file():
         raise ValueError(f"{out}: exists, and is no folder of a synthesis (it has no meta.json). Choose "
                          "another folder")
     old = read_json(path, "Choose another folder or delete it") if path.is_file() else meta
@@ -720,7 +721,7 @@ def atomic_write(path):
     """Yield a temporary path that replaces `path` at the end: the file is complete or not there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".tmp{os.urandom(8).hex()}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -1041,7 +1041,7 @@ def atomic_write(path):
     """Yield a temporary path that replaces `path` at the end: the file is complete or not there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".tmp{os.urandom(8).hex()}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)

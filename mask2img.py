@@ -215,8 +215,8 @@ def train(args):
     torch.manual_seed(seed_of(args.seed, "weights"))
     model = new_model(args, pairs.classes, device)
     pairs.keep()
-    sizes = painted_sizes(model, pairs, pairs.names)
-    data = CaptionedPairs(pairs, args.size, model.text.tokenize, sizes=sizes)
+    data = CaptionedPairs(pairs, args.size, model.text.tokenize, edge_width=model.edge_width,
+                          sizes=painted_sizes(model, pairs, pairs.names))
     if rank == 0:
         print(describe_classes(count_classes(pairs), pairs.classes))
 
@@ -224,7 +224,8 @@ def train(args):
     val = pairs.folder.parent / "val"
     if not val.is_dir():
         val = pairs.folder
-    val = CaptionedPairs(PairFolder(val, parts), args.size, model.text.tokenize, augment=False)
+    val = CaptionedPairs(PairFolder(val, parts), args.size, model.text.tokenize, augment=False,
+                         edge_width=model.edge_width)
     check_classes(val.pairs.classes, pairs.classes, val.pairs.folder)
     shown, measured = spread(len(val), 8 if model.vae else 24), spread(len(val), 64)
     for i in {*shown, *measured}:
@@ -275,7 +276,7 @@ def sample_images(args):
     classes = model.config["classes"]
     codes = read_ids(args.mask, len(classes))
     if model.config["edges"]:  # as it was trained; what separates instances is not known here
-        codes = outline(codes, np.zeros_like(codes), len(classes))
+        codes = outline(codes, np.zeros_like(codes), len(classes), model.edge_width)
     seeds = [seed_of(args.seed, k) for k in range(args.count)]
     captions = [args.prompt] * args.count
     masks = np.repeat(codes[None], args.count, 0)

@@ -15,11 +15,14 @@ Needs:   unet.py, diffusion.py, text2mask.py, mask2img.py, data/pairs.py.
     python masksyn.py --prompt "two red houses by the water at sunset" --count 8
     python masksyn.py --captions captions.txt                # a pair of every line
     torchrun --nproc_per_node 2 masksyn.py --limit 1000      # each rank makes its share
+    python masksyn.py --limit 1000 --part 1/4                # or four machines, --part 1/4 to 4/4
 
 Dimension key: B batch, H W pixels, K classes. A job is (source name, k): the k-th pair of a source.
 """
+import argparse
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +32,8 @@ from tqdm import tqdm
 import diffusion
 import unet as networks
 from data.pairs import (FlagParser, PairFolder, check_classes, contact_sheet, dataset_name, find_split,
-                        list_files, number, open_picture, outline, palette, read_captions, read_ids,
-                        read_json, read_text, remove_temporary, run, spread, write_json, write_pair,
-                        write_picture)
+                        list_names, number, outline, palette, read_captions, read_ids, read_json, read_text,
+                        remove_temporary, run, spread, write_json, write_pair, write_picture)
 from diffusion import seed_of
 from mask2img import Mask2Img
 from text2mask import (Text2Mask, choose_sampling, find_weights, list_shapes, painted_size, painted_sizes,
@@ -59,11 +61,10 @@ def pair_name(job):
     return f"{job[0]}_{job[1]:02d}"
 
 
-def exists(out, job):
-    """Whether a job's pair is complete."""
-    name = pair_name(job)
-    parts = out / f"images/{name}.png", out / f"masks/{name}.png", out / f"captions/{name}.txt"
-    return all(path.exists() for path in parts)
+def complete_pairs(out):
+    """The names of the pairs that are complete."""
+    images, masks = list_names(out / "images", (".png", ".jpg")), list_names(out / "masks", (".png",))
+    return images.keys() & masks.keys() & list_names(out / "captions", (".txt",)).keys()
 
 
 def holds_prompt(out):
@@ -71,12 +72,13 @@ def holds_prompt(out):
     return (out / "meta.json").is_file() and "prompt" in read_json(out / "meta.json")
 
 
-def prepare_output(out, meta, classes, replace):
+def prepare_output(out, meta, classes, replace, alone):
     """Delete `out` if it is to be replaced; else only temporary files of a killed run. Write what describes
-    the pairs."""
+    the pairs. alone: False where other processes may be writing temporary files now."""
     if replace:
         shutil.rmtree(out)
-    remove_temporary(out)
+    if alone:
+        remove_temporary(out)
     write_json(out / "meta.json", meta)
     write_json(out / "classes.json", classes)
 
@@ -86,8 +88,9 @@ def describe(args, fingerprint, **checkpoints):
     # Left out: flags that change only how many pairs, where they go, or the device; and paths of weights,
     # whose content counts.
     passed_over = ("out", "limit", "per_source", "hardness", "device", "compile", "count", "prompt",
-                   "captions", *checkpoints)
-    meta = {key: str(value) for key, value in vars(args).items() if key not in passed_over}
+                   "captions", "part", *checkpoints)
+    meta = {key: str(value) for key, value in vars(args).items()
+            if key not in passed_over and value is not False}  # a switch that is off
     for name, path in checkpoints.items():
         meta[f"{name}_weights"] = diffusion.weights_hash(path)
         trained_on = diffusion.read_header(path).get("trained_on")
@@ -108,11 +111,16 @@ def synthesize(args, out, counts, make, classes, meta, sizes=None, title="", rep
     replace  delete what `out` holds first
     """
     _, rank, world = diffusion.setup(args.device)
+    if args.part and world > 1:
+        raise ValueError("--part shares the work out, and so does torchrun. Use one of them")
     if not replace:
         diffusion.check_output(out, meta)
-    batches = split_jobs(list(counts), max(counts.values()), args.batch, rank, world, sizes)
+    batches = split_jobs(list(counts), max(counts.values()), args.batch, *(args.part or (rank, world)), sizes)
+    if args.part and not batches:
+        raise ValueError(f"--part: no batch of {args.batch} pairs is left for this one. Use fewer parts")
     batches = [[job for job in jobs if job[1] < counts[job[0]]] for jobs in batches]
-    todo = [jobs for jobs in batches if replace or not all(exists(out, job) for job in jobs)]
+    complete = set() if replace else complete_pairs(out)
+    todo = [jobs for jobs in batches if not complete.issuperset(map(pair_name, jobs))]
     bar = tqdm(total=sum(map(len, todo)), desc=out.name, unit="pair", disable=rank > 0)
     # The first batch comes before the folder: bad input ends the run here, and leaves nothing.
     clock = time.time()
@@ -123,33 +131,41 @@ def synthesize(args, out, counts, make, classes, meta, sizes=None, title="", rep
     if world > 1:
         dist.barrier()  # every rank has looked at the folder
     if rank == 0:
-        prepare_output(out, meta, classes, replace)
+        prepare_output(out, meta, classes, replace, alone=not args.part)
     if world > 1:
         dist.barrier()
-    for n, jobs in enumerate(todo):
-        # A batch is made as one even where some of its pairs exist: the same batch gives the same bytes.
-        for job, pair in zip(jobs, make(jobs) if n else first):
-            if not exists(out, job):
-                write_pair(out, pair_name(job), K=len(classes), **pair)
+
+    def write(jobs, pairs):
+        for job, pair in zip(jobs, pairs):
+            if (name := pair_name(job)) not in complete:
+                write_pair(out, name, K=len(classes), ending=".jpg" if args.jpeg else ".png", **pair)
         bar.update(len(jobs))
+    # A thread writes a batch while the next is made. result() waits for it, and raises its error here.
+    with ThreadPoolExecutor(1) as writer:
+        writing = writer.submit(write, [], [])  # nothing yet
+        for n, jobs in enumerate(todo):
+            # A batch is made as one even where some of its pairs exist: the same batch gives the same bytes.
+            pairs = make(jobs) if n else first
+            writing.result()
+            writing = writer.submit(write, jobs, pairs)
+        writing.result()
     bar.close()
     if world > 1:
         dist.barrier()
     if rank == 0:
-        draw_samples(out, classes, title)
-        count = len(list_files(out / "images", (".png",)))
-        print(f"{out}: {count} pairs; look at {out / 'samples.png'}")
+        pairs = PairFolder(out, ("image",))  # of complete pairs: other parts may be writing masks now
+        draw_samples(pairs, classes, title)
+        print(f"{out}: {len(pairs)} pairs; look at {out / 'samples.png'}")
 
 
-def draw_samples(out, classes, title="", count=24):
+def draw_samples(pairs, classes, title="", count=24):
     """OUT/samples.png: pairs from all over the folder, each with its caption."""
-    images = list(list_files(out / "images", (".png",)).items())  # each means a complete pair
-    images = [images[i] for i in spread(len(images), count)]
-    masks = [read_ids(out / "masks" / f"{name}.png", len(classes)) for name, _ in images]
+    chosen = spread(len(pairs), count)
+    masks = [read_ids(pairs.mask_path(i), len(classes)) for i in chosen]
     rows = {"mask": [palette(len(classes))[mask] for mask in masks],
-            "image": [np.asarray(open_picture(path)) for _, path in images]}
-    captions = [] if title else [read_captions(out, name)[0] for name, _ in images]
-    write_picture(out / "samples.png", contact_sheet(rows, captions, classes, title))
+            "image": [pairs.read(i)["image"] for i in chosen]}
+    captions = [] if title else [pairs.captions(i)[0] for i in chosen]
+    write_picture(pairs.folder / "samples.png", contact_sheet(rows, captions, classes, title))
 
 
 def find_generators(args, stages, need_data=True):
@@ -193,6 +209,14 @@ def warn_of_unknown_words(prompt, data):
               "learned what that looks like.")
 
 
+def share(text):
+    """An argparse type: "I/N", the I-th of N processes -> (I - 1, N)."""
+    part, parts = map(int, text.split("/"))
+    if not 1 <= part <= parts:
+        raise argparse.ArgumentTypeError(f"{text}: I/N is needed, with I from 1 to N")
+    return part - 1, parts
+
+
 def synthesis_flags(parser, per_source):
     """The flags that MaskSyn and ImgSyn share."""
     add = parser.add_argument
@@ -205,6 +229,9 @@ def synthesis_flags(parser, per_source):
         help="use the first N captions or masks (default: 64 of the built-in data, else all)")
     add(per_source, dest="per_source", metavar="N", type=positive, default=1, help="pairs of each")
     add("--batch", type=positive, default=16, help="pairs at a time")
+    add("--jpeg", action="store_true", help="images as JPEG of quality 95 instead of PNG")
+    add("--part", metavar="I/N", type=share,
+        help="make only the I-th of N parts of the pairs; each part may run on another machine")
     sampler_flags(parser, "mask2img")
     add("--seed", type=int, default=0, help="another seed, other pairs")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ...")
@@ -269,8 +296,8 @@ def paint(jobs, captions, masks, has_instances, mask2img, args, time_ids=None):
     masks: (ids, instances) of each, both (H, W) uint8; time_ids: as in TextToImage.generate.
     """
     edges = mask2img.config["edges"] and has_instances
-    K = len(mask2img.config["classes"])
-    codes = np.stack([outline(*mask, K) if edges else mask[0] for mask in masks])
+    K, width = len(mask2img.config["classes"]), mask2img.edge_width
+    codes = np.stack([outline(*mask, K, width) if edges else mask[0] for mask in masks])
     seeds = [seed_of(args.seed, *job, "image") for job in jobs]
     images = mask2img.sample(codes, captions, seeds, args.steps, args.guidance, args.sampler,
                              args.guidance_interval, time_ids)
@@ -291,9 +318,9 @@ def choose_captions(jobs, pairs):
 
 
 def limit_sources(args, sources):
-    """The first --limit of the sources; without it, 64 of the built-in data and all of any other."""
+    """The first --limit of the sources; without it, 64 of the built-in data and all of any other -> list."""
     limit = 64 if dataset_name(args.data) == "shapes" else None
-    return sources[:args.limit or limit]
+    return list(sources)[:args.limit or limit]
 
 
 def read_caption_lines(path):
@@ -311,6 +338,8 @@ def main(argv=None):
     args = parse(argv)
     if args.prompt is not None and args.captions:
         raise ValueError("--prompt has no effect with --captions. Give one of them")
+    if args.prompt is not None and args.part:
+        raise ValueError("--prompt replaces its folder, the pairs of other parts too. Leave --part out")
     if args.prompt is not None:
         return paint_prompt(args)
     if args.captions:

@@ -9,6 +9,7 @@ Sections in the order of the files. Mistakes of users are tables: what is spoile
 message.
 """
 import ast
+import collections
 import copy
 import functools
 import io
@@ -29,7 +30,9 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
+import tracemalloc
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +43,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageFilter, JpegImagePlugin
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load, save, save_file
@@ -190,7 +193,7 @@ def test_pictures_of_any_mode_are_read(tmp_path, monkeypatch):
     ("masks/b.png", Image.new("RGB", (17, 13)), "mode RGB"), ("masks/b.png", Image.new("L", (9, 8)), "9 x 8"),
     ("masks/b.png", Image.new("L", (17, 13), 4), "id 4"),
     ("masks/b.png", Image.new("L", (17, 13), 255), "id 255.*python data/prepare.py --void 255"),
-    ("instances/b.png", Image.new("L", (7, 7)), "7 x"),
+    ("instances/b.png", Image.new("L", (7, 7)), "7 x"), ("masks", None, r"masks: a is missing.*0 and 3 fil"),
     ("instances/b.png", Image.new("I;16", (17, 13), 256), "holds the id 256, where 0 to 255"),
     ("masks/b.png", "JPEG", "masks/b.png: a JPEG, which changes ids")])
 def test_a_spoiled_pair_folder_is_refused_in_one_line(tmp_path, path, content, words):
@@ -209,7 +212,7 @@ def test_names_are_sorted_and_captions_are_lines_or_class_names(tmp_path, capsys
     (root / "captions/B.txt").unlink()
     Image.fromarray(np.uint8([[3, 3], [1, 0]])).save(root / "masks/B.png")
     pairs = PairFolder(root, start=1, limit=2)
-    assert PairFolder(root).names == names and pairs.names == ["9", "B"]
+    assert list(PairFolder(root).names) == names and list(pairs.names) == ["9", "B"]
     assert pairs.captions(0) == ["two trees", "a house"]
     assert pairs.captions(1) == pairs.captions(1) == ["a picture of class1, class3"]
     assert capsys.readouterr().out.count("composed from class names") == 1
@@ -322,6 +325,24 @@ def test_worker_processes_share_the_memory(tmp_path, monkeypatch, parts, instanc
     assert decoded[0][pairs.parts[0]].flat[0] != 7 == pairs.memory[0]  # shared, not copied
 
 
+def test_a_million_synthetic_pairs_open_by_their_names(tmp_path):
+    """No file is touched, all links lead nowhere; 1.2 million pairs have to fit into 200 MB."""
+    root = pair_folder(tmp_path / "set", [f"{i:016d}_00" for i in range(3)])
+    P.write_json(root / "meta.json", {})
+    for part, k in itertools.product(("images", "masks", "instances"), range(2000)):
+        (root / part / f"ADE_train_{k:08d}_00.png").symlink_to("nowhere")
+    PairFolder(root)  # what a first call imports and caches
+    tracemalloc.start()
+    pairs = PairFolder(root)
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert size < len(pairs) * 200e6 / 1.2e6
+    assert pairs.fingerprint()["pairs"] == 2003
+    assert pairs.paths[-1] == root / "images/ADE_train_00001999_00.png"
+    worker = pickle.loads(pickle.dumps(pairs))
+    assert list(worker.names) == sorted(path.stem for path in (root / "images").iterdir())
+
+
 def test_the_fingerprint_changes_with_the_data(tmp_path):
     root, other = pair_folder(tmp_path / "set"), Image.new("L", (16, 12), 1)
     found = [PairFolder(root).fingerprint(), PairFolder(shutil.copytree(root, tmp_path / "b")).fingerprint()]
@@ -349,7 +370,7 @@ def test_a_pair_comes_back_and_a_failed_write_changes_nothing(tmp_path, monkeypa
     assert palette(150)[[1, 2, 6]].tolist() == [[0, 0, 51], [0, 0, 102], [51, 0, 0]]  # the published ones
     assert (tmp_path / "captions/a.txt").read_bytes() == b"one\ntwo\n"
     before = snapshot(tmp_path / "images")
-    broken = mock.Mock(save=lambda path, kind: path.write_text("half") / 0)
+    broken = mock.Mock(save=lambda path, **options: path.write_text("half") / 0)
     for name in ("a", "b"):  # an image that exists means a complete pair
         with pytest.raises(ZeroDivisionError):
             P.write_pair(tmp_path, name, broken, pair["ids"], codes, ["one"], 214)
@@ -361,6 +382,14 @@ def test_a_pair_comes_back_and_a_failed_write_changes_nothing(tmp_path, monkeypa
         assert path.read_bytes() == before["a.png"]
         assert path.is_symlink() == (i == 0) and path.samefile("images/a.png") == (i < 2)
         monkeypatch.setattr(os, refused, mock.Mock(side_effect=OSError), raising=False)
+
+
+def test_images_as_jpeg(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    P.write_pair(tmp_path, "a_01", image, ending=".jpg")
+    photo = Image.open(tmp_path / "images/a_01.jpg")
+    assert JpegImagePlugin.get_sampling(photo) == 0 and photo.quantization[0][0] == 2  # 4:4:4, quality 95
+    snapshot(tmp_path)  # no temporary files
 
 
 def test_jobs_run_in_order_and_their_errors_come_last():
@@ -1143,7 +1172,42 @@ def test_noisy_colours_are_decoded(K):
     colours = (encode(codes, K) + noise).clip(0, 255).astype(np.uint8)
     assert (decode(colours, K) == codes).all()
     middle = palette(K)[1:3].mean(0).astype(np.uint8)
-    assert decode(np.full((2, 2, 3), middle), K).max() == 0  # between two classes: void
+    assert (decode(np.full((2, 2, 3), middle), K) == K + 1).all()  # between two classes
+    colours = np.random.default_rng(K).integers(0, 256, (40, 50, 3), np.uint8)
+    found = decode(colours, K)
+    distance = np.linalg.norm(colours[:, :, None] - palette(K).astype(float), axis=-1)  # (40, 50, K + 2)
+    assert ((found == distance.argmin(2)) | (found == K + 1)).all()
+    assert distance.min(2)[found != K + 1].max() < np.sqrt(3) * P.palette_levels(K)[1] / 3 + 1
+
+
+def test_a_blurred_mask_comes_back_without_new_classes():
+    """Between 1 and 3 the blur passes through the colour of 2, between other classes through any."""
+    ids = np.repeat(np.uint8([1, 3, 37, 150, 8, 80]), 20) * np.ones((60, 1), np.uint8)
+    edged = outline(ids, ids * 0, 150, width=3)
+    for codes, right in ((ids, 0.97), (edged, 0.97)):
+        blurred = Image.fromarray(encode(codes, 150)).filter(ImageFilter.GaussianBlur(1.5))
+        found, _ = segments(decode(np.asarray(blurred), 150), [True] * 150, 200)
+        assert {*found.flat} == {*ids.flat} and (found == ids).mean() > right
+
+
+@pytest.mark.peer
+def test_regions_and_growth_as_in_scipy():
+    ndimage = pytest.importorskip("scipy.ndimage")
+    rng = np.random.default_rng(0)
+    for n in range(20):
+        codes = np.kron(rng.integers(0, 3, (15, 20)), np.ones((4, 4), int))
+        codes[rng.random(codes.shape) < n / 100] = 2
+        label, (away, (i, j)) = components(codes), ndimage.distance_transform_cdt(
+            codes == 2, "taxicab", return_indices=True)
+        for value in range(3):
+            theirs, count = ndimage.label(codes == value)
+            pairs = {*zip(label[codes == value], theirs[codes == value])}
+            assert len(pairs) == count == len({mine for mine, _ in pairs})
+        position = np.arange(codes.size).reshape(codes.shape)
+        source, = grow(codes != 2, position)
+        y, x = np.indices(codes.shape)
+        assert (abs(source // 80 - y) + abs(source % 80 - x) == away).all()
+        assert (codes.flat[source] != 2).all()
 
 
 def test_components_are_what_paths_of_equal_pixels_reach():
@@ -1197,7 +1261,6 @@ def test_instances_come_back_from_their_outlines():
     assert (back == ids).mean() > 0.9
     assert (found == instances).mean() > 0.9 and found.max() == 2
     assert segments(ids, [False, True])[1].max() == 1  # without edges they are one
-    assert (encode(ids, 2, instances) == palette(2)[outline(ids, instances, 2)]).all()
 
 
 # ---- text2mask.py: the data set ----------------------------------------------------------------------------
@@ -1214,13 +1277,17 @@ def one_pair(root, ids, instances=None, image=None, caption="two balls"):
     return PairFolder(root)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (72, 96), (256, 256), (768, 768)])
-def test_generators_train_on_the_outlines_that_synthesis_paints(tmp_path, size):
+@pytest.mark.parametrize("size, width", [((64, 64), 1), ((72, 96), 1), ((256, 256), 3), ((768, 768), 3)])
+def test_generators_train_on_the_outlines_that_synthesis_paints(tmp_path, size, width):
     ids, instances = touching_things(480, 640)
-    data = CaptionedPairs(one_pair(tmp_path, ids, instances), size, no_words, augment=False)
+    pairs = one_pair(tmp_path, ids, instances)
+    data = CaptionedPairs(pairs, size, no_words, augment=False, edge_width=width)
     codes = data[0, 0]["codes"].numpy().astype(np.uint8)
     crop = ResizeCrop(ids.shape, size)  # as ImgSyn crops
-    assert (codes == outline(crop(ids), crop(instances), 2)).all()
+    assert (codes == outline(crop(ids), crop(instances), 2, width)).all()
+    middle = np.flatnonzero(np.diff(crop(instances)[size[0] // 3].astype(int)) == 1)[-1]  # 1 | 2
+    edge = np.flatnonzero(codes[size[0] // 3] == 3)
+    assert set(range(middle - width // 2, middle + width // 2 + 1)) == {*edge[abs(edge - middle) < 4]}
     assert segments(codes, [False, True])[1].max() == 2
 
 
@@ -1471,6 +1538,42 @@ def test_more_pairs_leave_the_first_as_they_were(world, untrained, tmp_path):
     assert len(PairFolder(tmp_path / "a")) == 6
 
 
+@pytest.mark.parametrize("module", [masksyn, imgsyn])
+def test_parts_make_the_pairs_of_one_process(world, untrained, tmp_path, monkeypatch, module):
+    """Two at once, and the third where a temporary file of another may be in use."""
+    count = "--per-caption" if module is masksyn else "--per-mask"
+    command = synthesis(module, world, untrained, "--limit", 6, "--batch", 2, count, 2, "--jpeg")
+    call(*command, "--out", tmp_path / "one")
+    out = tmp_path / "parts"
+    for process in [begin((*command, "--part", f"{i}/3"), out) for i in (3, 1)]:
+        finish(process)
+    P.write_text(out / "images/.tmp7.jpg", "of part 1")
+    assert len(PairFolder(out, ("image",))) == 8
+    call(*command, "--part", "2/3", "--out", out)
+    (out / "images/.tmp7.jpg").unlink()  # raises if it is gone
+    assert snapshot(out) == snapshot(tmp_path / "one") and list(out.glob("images/*.jpg"))
+    assert "Use fewer parts" in mistake(*command, "--part", "7/7", "--out", tmp_path / "no")
+    assert "Leave --part out" in mistake(masksyn, "--prompt", "a tree", "--part", "1/2")
+    line = mistake(*command[:-1], "--out", out)  # PNG and JPEG do not mix
+    assert "other settings" in line and "jpeg" in line
+    monkeypatch.setattr(diffusion, "setup", lambda device: (torch.device(device), 0, 2))  # under torchrun
+    assert "Use one of them" in mistake(*command, "--part", "1/2", "--out", tmp_path / "no")
+
+
+def test_a_pair_that_cannot_be_written_ends_the_run_in_one_line(world, untrained, tmp_path, monkeypatch):
+    """Pairs are written in a thread, whose error must not be lost."""
+    written = []
+
+    def write_pair(out, name, **pair):
+        if written:
+            raise OSError("No space left on device")
+        written.append(threading.current_thread())
+    monkeypatch.setattr(masksyn, "write_pair", write_pair)
+    command = synthesis(masksyn, world, untrained, "--limit", 6, "--batch", 1, "--out", tmp_path / "out")
+    assert mistake(*command) == "No space left on device"
+    assert len(written) == 1 and written != [threading.main_thread()]
+
+
 def test_hard_masks_get_more_images(world, untrained, tmp_path):
     """Numbers counted by hand; an image is the one that its mask gets as its k-th without --hardness."""
     names = [f"{n:05d}" for n in range(4)]
@@ -1483,7 +1586,7 @@ def test_hard_masks_get_more_images(world, untrained, tmp_path):
     call(*command, tmp_path / "hard", "--per-mask", 3, "--hardness", file)
     call(*command, tmp_path / "all", "--per-mask", 5)
     found, expected = snapshot(tmp_path / "hard"), snapshot(tmp_path / "all")
-    assert PairFolder(tmp_path / "hard").names == ["00000_00", "00000_01", "00000_02", *(
+    assert list(PairFolder(tmp_path / "hard").names) == ["00000_00", "00000_01", "00000_02", *(
         f"00001_{k:02d}" for k in range(5)), "00002_00", "00003_00", "00003_01", "00003_02"]
     assert found.pop("samples.png") and found.pop("meta.json") != expected["meta.json"]
     assert found.items() <= expected.items()
@@ -1537,7 +1640,7 @@ def test_captions_of_a_file_become_pairs_without_data(untrained, tmp_path, monke
     command = synthesis(masksyn, "nowhere", untrained, "--captions", "street.txt")
     call(*command)
     pairs = PairFolder("out/street/masksyn")
-    assert pairs.names == ["000001_00", "000003_00"] and pairs.captions(1) == ["a caf\u00e9"]
+    assert list(pairs.names) == ["000001_00", "000003_00"] and pairs.captions(1) == ["a caf\u00e9"]
     assert pairs.classes == P.read_classes("out/street/masksyn")
     Path("street.txt").write_text("a boat")
     assert "other settings, data or weights" in mistake(*command)
@@ -1854,6 +1957,7 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(
     (text2mask, "sample --prompt x --guidance nan"),
     (mask2img, "train --workers -1"), (mask2img, "sample --mask x --guidance -1"),
     (mask2img, "base --init x"), (masksyn, "--limit 0"), (masksyn, "--guidance inf"),
+    (masksyn, "--part 5/4"), (imgsyn, "--part 0/4"), (masksyn, "--part a/b"), (masksyn, "--part 2"),
     (imgsyn, "--per-mask 0"), (T, "--steps -3"), (T, "--p-synth 1.5"), (T, "--seed -1"), (T, "--size 0"),
     (C, "--seeds 0 -1"), (shapes, "--size 8"), (shapes, "--limit-train 0"), (shapes, "--unlabelled -5"),
     (shapes, "--processes 0"), (camvid, "--root x --size 64x"), (ade, "--root x --size 0"),
@@ -1946,6 +2050,26 @@ def test_sdxl_feeds_both_syntheses(on_sdxl, world, tmp_path):
     call(text2mask, "sample", "--init", on_sdxl / "t", "--prompt", "a cat", *flags)
     call(mask2img, "sample", "--init", on_sdxl / "m", "--mask", tmp_path / "mask.png", "--count", 1, *flags)
     assert (tmp_path / "images.png").exists()
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("init, width", [(True, 3), (False, 1)])
+def test_edges_are_wider_on_sdxl(sdxl, world, tmp_path, monkeypatch, init, width):
+    """In training and in synthesis."""
+    widths = collections.defaultdict(set)
+    for module in (text2mask, mask2img, masksyn):
+        def spy(ids, instances, K, width, name=module.__name__):
+            widths[name].add(width)
+            return outline(ids, instances, K, width)
+        monkeypatch.setattr(module, "outline", spy)
+    for module, name in ((text2mask, "t"), (mask2img, "m")):
+        module, verb, flag, base, *flags = paper(module, sdxl, world, "--edges", "--out", tmp_path / name)
+        call(module, verb, *((flag, base) if init else ()), *flags)
+    call(*synthesis(imgsyn, world, tmp_path, "--out", tmp_path / "imgsyn"))
+    mask = tmp_path / "imgsyn/masks/00000_00.png"
+    call(mask2img, "sample", "--init", tmp_path / "m", "--mask", mask, "--steps", 2, "--count", 1, "--device",
+         "cpu", "--out", tmp_path)
+    assert widths == dict.fromkeys(("text2mask", "masksyn", "mask2img"), {width})
 
 
 def distilled(base, folder):
@@ -3912,7 +4036,8 @@ def test_one_folder_may_hold_photos_and_masks(tmp_path):
     folder = shutil.copytree(tmp_path / "masks", tmp_path / "images", dirs_exist_ok=True)
     P.write_text(folder / "more/6.jpg", "")  # what lies in another folder is no image
     call(prepare, "--images", folder, "--masks", folder, "--out", tmp_path / "out", "--val-share", 0)
-    assert PairFolder(tmp_path / "out/train").names == list("012345") and not (tmp_path / "out/val").exists()
+    assert list(PairFolder(tmp_path / "out/train").names) == list("012345")
+    assert not (tmp_path / "out/val").exists()
 
 
 @pytest.mark.parametrize("images, masks, ending", [
@@ -4379,7 +4504,7 @@ def test_coco_captions_are_composed_or_its_own_or_a_captioners(tmp_path, capsys)
     command = coco, "--root", raw, "--out", tmp_path
     call(*command)
     pairs = PairFolder(tmp_path / "val")
-    assert pairs.names == ["8", "a.b"] and pairs.captions(0)[0] == "many cars with rug"
+    assert list(pairs.names) == ["8", "a.b"] and pairs.captions(0)[0] == "many cars with rug"
     P.write_json(mine, [{"image_id": 7, "caption": "a man"}, {"image_id": 8, "caption": "a half \ud83d"}])
     call(*command, "--captions", mine)
     assert pairs.captions(0) == ["a man"] and pairs.captions(1) == ["a half \ufffd"]
