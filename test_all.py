@@ -61,7 +61,7 @@ import masksyn
 import text2mask
 import train as T
 import unet as nets
-from bench import camvid as bench_camvid, compare as C, masks, nearest
+from bench import camvid as bench_camvid, compare as C, masks, nearest, vae as bench_vae
 from data import caption, pairs as P, prepare, subset
 from data.ade20k import prepare as ade
 from data.camvid import prepare as camvid
@@ -4767,6 +4767,43 @@ def test_copies_of_training_photos_are_found(world, tmp_path, capsys):
     distance, which = nearest.nearest(*(np.float32(a) for a in ([[0, 0], [9, 9]], [[8, 8], [3, 4]])))
     assert which.tolist() == [1, 0] and distance.tolist() == pytest.approx([12.5 ** 0.5, 1])
     assert not val.startswith(f"{world}/val: 0.0") and (tmp_path / "nearest.png").exists()
+
+
+class NoVAE(nn.Module):
+    """In the place of a VAE: gives back what it gets, or blurs it. Latents are the picture."""
+
+    def __init__(self, blur):
+        super().__init__()
+        self.blur, self.post_quant_conv = blur, nn.Conv2d(4, 4, 1)
+
+    def encode(self, x):
+        return F.avg_pool2d(F.pad(x, (self.blur,) * 4, mode="replicate"), 2 * self.blur + 1, 1)
+
+    def decode(self, z):
+        return z
+
+
+@pytest.mark.parametrize("blur", [0, 12])
+def test_what_a_vae_leaves_of_masks(world, tmp_path, monkeypatch, capsys, blur):
+    monkeypatch.setattr(nets, "read_part", lambda *args: NoVAE(blur))
+    call(bench_vae, "--data", world, "--sdxl", tmp_path, "--limit", 3, "--out", tmp_path / "vae.png")
+    masks_, right, lost, ghosts, again, _ = capsys.readouterr().out.splitlines()
+    found, things = map(int, re.findall(r"\d+", again)[:2])
+    truth = PairFolder(world / "val")
+    assert things == sum(len({*np.unique(truth.read(i)["instances"])} - {0}) for i in P.spread(4, 3))
+    right, lost = (float(line.split()[-2]) for line in (right, lost))
+    if blur == 0:
+        assert right > 99.9 and lost == 0 and "0.00 a mask" in ghosts and found == things  # edges cost 0.03
+    else:
+        assert 80 < right < 99.5 and found < things
+    assert masks_.startswith("3 masks of ") and (tmp_path / "vae.png").exists()
+
+
+@pytest.mark.peer
+def test_the_vae_of_a_public_folder(sdxl, world, tmp_path, capsys):
+    """Random weights: hardly a mask comes back."""
+    call(bench_vae, "--data", world, "--sdxl", sdxl / "base", "--limit", 1, "--out", tmp_path / "vae.png")
+    assert re.search(r"instances found again +0 of \d", capsys.readouterr().out)
 
 
 def test_the_figures_of_a_mask_counted_by_hand():
