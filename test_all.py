@@ -4105,10 +4105,10 @@ def test_a_subset_leaks_no_mask(world, tmp_path):
     command = subset, "--data", data, "--every", 5, "--out", tmp_path / "few"
     call(*command)
     whole, few = PairFolder(data / "train"), PairFolder(tmp_path / "few/train")
-    assert few.names == whole.names[::5] and len(few) == 3
+    assert list(few.names) == list(whole.names)[::5] and len(few) == 3
     assert np.array_equal(few.read(1)["instances"], whole.read(5)["instances"])
     photos = PairFolder(tmp_path / "few/unlabelled", ("image",))
-    assert photos.names == [*whole.names, "photo"] and photos.captions(4) == whole.captions(4)
+    assert list(photos.names) == [*whole.names, "photo"] and photos.captions(4) == whole.captions(4)
     left = {path.name for path in (tmp_path / "few/unlabelled").iterdir()}
     assert left == {"images", "captions", "classes.json", "words.json"}
     assert PairFolder(tmp_path / "few/val").fingerprint() == PairFolder(world / "val").fingerprint()

@@ -33,7 +33,7 @@ def link_split(source, out, names=None, leave_out=()):
 def write_subset(data, every, out):
     """Write the data set `out` -> how many pairs have labels, and how many photos there are."""
     root = find_dataset(data)
-    names = PairFolder(find_split(data, "train"), ("ids",)).names
+    names = list(PairFolder(find_split(data, "train"), ("ids",)).names)
     labelled = set(names[::every])
     for split in sorted(path.parent.name for path in root.glob("*/images")):
         if split in ("train", "unlabelled"):
