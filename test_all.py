@@ -326,7 +326,7 @@ def test_worker_processes_share_the_memory(tmp_path, monkeypatch, parts, instanc
 
 
 def test_a_million_synthetic_pairs_open_by_their_names(tmp_path):
-    """No file is touched, all links lead nowhere; 1.2 million pairs have to fit into 200 MB."""
+    """No file is touched, for all links lead nowhere."""
     root = pair_folder(tmp_path / "set", [f"{i:016d}_00" for i in range(3)])
     P.write_json(root / "meta.json", {})
     for part, k in itertools.product(("images", "masks", "instances"), range(2000)):
@@ -336,7 +336,7 @@ def test_a_million_synthetic_pairs_open_by_their_names(tmp_path):
     pairs = PairFolder(root)
     size = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    assert size < len(pairs) * 200e6 / 1.2e6
+    assert size < 60 * len(pairs)  # one array of names; a list of them as bytes takes over 70 each
     assert pairs.fingerprint()["pairs"] == 2003
     assert pairs.paths[-1] == root / "images/ADE_train_00001999_00.png"
     worker = pickle.loads(pickle.dumps(pairs))
