@@ -178,13 +178,16 @@ def read_json(path, remedy):
         raise ValueError(f"{path}: not a JSON file ({error}). {remedy}")
 
 
-def loss(model, schedule, x0, *cond, min_snr=None):
-    """Mean squared error of the network's prediction at a random noise level of each sample.
+def loss(model, schedule, x0, *cond, min_snr=None, t=None, noise=None):
+    """Mean squared error of the network's prediction at a noise level of each sample.
 
-    x0 (B, ...) in about [-1, 1]; model is called as model(x_t, t, *cond); min_snr: as in Schedule.weight.
+    x0 (B, ...) in about [-1, 1]; model is called as model(x_t, t, *cond); min_snr: as in Schedule.weight;
+    t (B,) long, by default uniform; noise as x0, by default unit normal.
     """
-    t = torch.randint(schedule.T, (len(x0),), device=x0.device)  # (B,)
-    noise = torch.randn_like(x0)
+    if t is None:
+        t = torch.randint(schedule.T, (len(x0),), device=x0.device)  # (B,)
+    if noise is None:
+        noise = torch.randn_like(x0)
     out = model(schedule.add_noise(x0, noise, t), t, *cond)
     error = F.mse_loss(out.float(), schedule.target(x0, noise, t), reduction="none")
     error = error.flatten(1).mean(1)  # (B,)
@@ -463,7 +466,8 @@ def check_output(out, meta):
     if not out.exists():
         return
     path = out / "meta.json"
-    if not out.is_dir() or not path.is_file() and any(out.glob("[!.]*")):
+    # In this order: meta.json comes first where another process begins to write there now.
+    if not out.is_dir() or any(out.glob("[!.]*")) and not path.is_file():
         raise ValueError(f"{out}: exists, and is no folder of a synthesis (it has no meta.json). Choose "
                          "another folder")
     old = read_json(path, "Choose another folder or delete it") if path.is_file() else meta
@@ -510,11 +514,12 @@ def seed_of(*parts):
 class SeededBatches(torch.utils.data.Sampler):
     """Step by step, micro-batches of (index, seed). What is in them depends on (seed, step, rank) alone.
 
-    Indices are chosen with replacement: there are no epochs.
+    Indices are chosen with replacement: there are no epochs. groups (length,) integers, if given: a step is
+    of one group.
     """
 
-    def __init__(self, length, batch, accumulate, first, steps, seed, rank):
-        self.length, self.batch, self.accumulate = length, batch, accumulate
+    def __init__(self, length, batch, accumulate, first, steps, seed, rank, groups=None):
+        self.length, self.batch, self.accumulate, self.groups = length, batch, accumulate, groups
         self.steps, self.seed, self.rank = range(first, steps), seed, rank
 
     def __iter__(self):
@@ -522,6 +527,9 @@ class SeededBatches(torch.utils.data.Sampler):
         for step in self.steps:
             rng = np.random.default_rng(seed_of(self.seed, step, self.rank, "batch"))
             index, seeds = rng.integers(self.length, size=size), rng.integers(2 ** 62, size=size)
+            if self.groups is not None:  # of the first index, so that a group is as likely as it is large
+                members = np.flatnonzero(self.groups == self.groups[index[0]])
+                index = rng.choice(members, size)
             keys = list(zip(index.tolist(), seeds.tolist()))
             yield from (keys[part::self.accumulate] for part in range(self.accumulate))
 
@@ -580,14 +588,15 @@ def setup(device="auto"):
 
 
 def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", warmup=100, decay="cosine",
-        clip=1.0, accumulate=1, ema=0.999, compile=False, workers=0, report_every=50, save_every=500,
+        clip=1.0, accumulate=1, ema=0.999, workers=0, report_every=50, save_every=500,
         picture=None, measure=None, settings=None):
     """Train a model for `steps` optimiser steps -> the model, in eval mode; results go to the folder `out`.
 
     model     a module; `.config`, if it has one, is saved with it; frozen parameters stay as they are
-    loss      loss(net, batch) -> a scalar; net is the model, compiled and wrapped for DDP where asked
+    loss      loss(net, batch) -> a scalar; net is the model, under torchrun wrapped for DDP
     dataset   any map-style Dataset. With an attribute `seeded = True` it is asked for (index, seed) and makes
-              every random choice from that seed; any other is asked for the index, with torch seeded.
+              every random choice from that seed; any other is asked for the index, with torch seeded. With an
+              attribute `groups`, an integer for each index, a step is of one group
     batch     samples of a micro-batch and rank; `accumulate` micro-batches make a step
     lr        peak rate: `warmup` steps up to it, then "cosine" to zero or "constant"
     picture   picture(model, path) writes samples.png;  measure(model) -> a dict for the log. Both are called
@@ -609,13 +618,13 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
     folder = RunFolder(out, settings, rank, average=average, optimiser=optimiser)
     first = folder.resume()  # no step is left to do where more are done
 
-    # Train the compiled and distributed net; save the plain model, whose key names are clean.
-    net = wrap(model, device, world, compile)
+    net = wrap(model, device, world)
 
     # What makes a resume exact: a batch and its noise depend on (seed, step, rank) alone.
     loader = torch.utils.data.DataLoader(
         dataset if getattr(dataset, "seeded", False) else SeededItems(dataset), num_workers=workers,
-        batch_sampler=SeededBatches(len(dataset), batch, accumulate, first, steps, seed, rank),
+        batch_sampler=SeededBatches(len(dataset), batch, accumulate, first, steps, seed, rank,
+                                    getattr(dataset, "groups", None)),
         pin_memory=device.type == "cuda", persistent_workers=workers > 0)
     stream = iter(loader)
     losses, clock = [], time.time()
@@ -657,13 +666,12 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
     return model.eval()
 
 
-def wrap(model, device, world, compile):
-    """The net to train: the model, compiled where asked, and distributed where there are several ranks."""
-    net = torch.compile(model) if compile else model
-    if world > 1:
-        net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None,
-                                      gradient_as_bucket_view=True)
-    return net
+def wrap(model, device, world):
+    """The net to train: the model, distributed where there are several ranks. The model itself is saved."""
+    if world == 1:
+        return model
+    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True)
 
 
 def save_model_and_samples(model, out, picture, measure):
@@ -713,7 +721,7 @@ def atomic_write(path):
     """Yield a temporary path that replaces `path` at the end: the file is complete or not there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".tmp{os.urandom(8).hex()}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -726,12 +734,13 @@ def save(model, folder):
 
     A model on a public base names in `checkpoint_part` the one network that was trained: then only that is
     written, with its config.json, under public names, so that `from_pretrained(FOLDER)` opens it. A part
-    without a `public_config` is a LoRA: `load_lora_weights(FOLDER)` opens its one file.
+    without a `public_config` is a LoRA: `load_lora_weights(FOLDER)` opens its one file. An attribute
+    `trained_on`, JSON values, is saved too.
     """
     folder, part = Path(folder), getattr(model, "checkpoint_part", None)
     state = {name: t.detach().cpu().contiguous() for name, t in (part or model).state_dict().items()}
-    config = getattr(model, "config", {})
-    metadata = json.dumps({"format": FORMAT, "class": type(model).__name__, "config": config})
+    header = {"format": FORMAT, "class": type(model).__name__, "config": getattr(model, "config", {}),
+              "trained_on": getattr(model, "trained_on", None)}
     name = LORA_FILE if part else OWN_FILE
     if hasattr(part, "public_config"):
         name = PUBLIC_FILE
@@ -739,7 +748,7 @@ def save(model, folder):
             temporary.write_text(json.dumps(part.public_config(), indent=1) + "\n")
     with atomic_write(folder / name) as temporary:
         try:
-            save_file(state, temporary, metadata={"seggen": metadata})
+            save_file(state, temporary, metadata={"seggen": json.dumps(header)})
         except SafetensorError as error:  # a full disk, for one
             raise OSError(f"{folder}: {error}")
         umask = os.umask(0)
@@ -767,7 +776,7 @@ def weights_hash(path):
 
 @contextlib.contextmanager
 def open_checkpoint(path):
-    """Yield a checkpoint's file and its header {"format", "class", "config"}. Raises ValueError."""
+    """Yield a checkpoint's file and its header, the dict that `save` wrote. Raises ValueError."""
     path = checkpoint_file(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file. Train this model first or give another one")
@@ -816,9 +825,16 @@ def load_matching(net, state):
                          for key, value in own.items()})
 
 
-def load(cls, path, device="cpu"):
-    """A checkpoint -> the model in eval mode, built by cls.from_config(config, device) or cls(**config)."""
+def load(cls, path, device="cpu", base=None):
+    """A checkpoint -> the model in eval mode, built by cls.from_config(config, device) or cls(**config).
+
+    base: the folder of another public base than the one that the checkpoint names; of the same shape.
+    """
     config, state = read_checkpoint(path, cls.__name__)
+    if base is not None:
+        if "base" not in config:
+            raise ValueError(f"{path}: holds all of its weights and needs no base. Leave {base} out")
+        config["base"] = str(base)
     model = cls.from_config(config, device) if hasattr(cls, "from_config") else cls(**config)
     part = getattr(model, "checkpoint_part", None)
     load_strict(part or model, state, path)

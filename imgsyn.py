@@ -15,12 +15,16 @@ Dimension key: B batch, H W pixels, K classes. A job is (source name, k): the k-
 """
 from pathlib import Path
 
+import numpy as np
+
 import diffusion
+import unet as networks
 from data.pairs import FlagParser, PairFolder, check_classes, dataset_name, find_split, read_json, run
+from diffusion import seed_of
 from mask2img import Mask2Img
 from masksyn import (choose_captions, describe, find_generators, limit_sources, paint, synthesis_flags,
                      synthesize)
-from text2mask import ResizeCrop, choose_sampling
+from text2mask import ResizeCrop, choose_sampling, painted_size, painted_sizes
 
 
 def count_images(path, sources, names, per_mask):
@@ -60,26 +64,31 @@ def main(argv=None):
     counts = dict.fromkeys(sources, args.per_source)
     if args.hardness:  # masks that get equally many images are neighbours then, so batches stay full
         counts = count_images(args.hardness, sources, pairs.names, args.per_source)
-    mask2img = diffusion.load(Mask2Img, path, device)
+    mask2img = diffusion.load(Mask2Img, path, device, args.base)
+    if args.compile:
+        networks.compile_blocks(mask2img)
     check_classes(mask2img.config["classes"], pairs.classes, path)
     choose_sampling(args, mask2img, "mask2img")
 
-    def read_mask(source):
-        """A human mask at the size of Mask2Img -> class ids and instances, both (H, W) uint8."""
+    def read_mask(source, k):
+        """A human mask as Mask2Img paints it, another crop for each k -> class ids and instances, both (H, W)
+        uint8, and SDXL's time_ids, which name the crop."""
         pair = pairs.read(pairs.positions[source])
-        crop = ResizeCrop(pair["ids"].shape, mask2img.config["size"])
-        return crop(pair["ids"]), crop(pair["instances"])
+        shape = pair["ids"].shape
+        size = painted_size(mask2img, shape)
+        crop = ResizeCrop(shape, size, np.random.default_rng(seed_of(args.seed, source, k, "crop")))
+        return (crop(pair["ids"]), crop(pair["instances"])), (*shape, crop.top, crop.left, *size)
 
     def make(jobs):
         """Jobs -> the arguments of write_pair of each: a human mask, and a new image on it."""
-        masks = [read_mask(source) for source, _ in jobs]
+        masks, time_ids = zip(*(read_mask(*job) for job in jobs))
         captions = choose_captions(jobs, pairs)
-        return paint(jobs, captions, masks, pairs.has_instances, mask2img, args)
+        return paint(jobs, captions, masks, pairs.has_instances, mask2img, args, time_ids)
     out = args.out or Path("out") / dataset_name(args.data) / "imgsyn"
     meta = describe(args, pairs.fingerprint(), mask2img=path)
     if args.hardness:
         meta["hardness"] = diffusion.weights_hash(args.hardness)
-    synthesize(args, out, counts, make, pairs.classes, meta)
+    synthesize(args, out, counts, make, pairs.classes, meta, painted_sizes(mask2img, pairs, counts))
 
 
 if __name__ == "__main__":

@@ -41,9 +41,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import MLP, FrozenBatchNorm2d
 
 TASKS = ("semantic", "panoptic", "instance")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's
@@ -204,10 +204,20 @@ class Swin(nn.Module):
     def load_imagenet(self):
         """Load torchvision's ImageNet weights. Raises ValueError where they cannot be had."""
         if SWINS[self.name]["window_size"] != [7, 7]:
-            raise ValueError(f"torchvision has no {self.name} with windows of 12. Choose swin_t or swin_s")
+            raise ValueError(f"torchvision has no {self.name} with windows of 12. Load a folder of "
+                             "transformers, or choose swin_t or swin_s")
         public = imagenet_weights(self.name)
         own = self.features.state_dict()
         self.features.load_state_dict({key: public[f"features.{key}"] for key in own})
+
+    def load_folder(self, folder):
+        """Load the weights of a Swin or a classifier on it, as transformers stores them. The norms of the
+        maps stay new. Raises ValueError where another tensor is missing, unknown or of another shape."""
+        file, tensors, _ = read_weights(folder)
+        within = "model.pixel_level_module.encoder."  # where an official Mask2Former has them
+        tensors = rename({within + key.removeprefix("swin."): value for key, value in tensors.items()})
+        tensors = {key.removeprefix("backbone.features."): value for key, value in tensors.items()}
+        load_strict(self.features, tensors, file)
 
     def forward(self, x):
         x = F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
@@ -287,12 +297,12 @@ class DeformableAttention(nn.Module):
         """x (B, N, D): the tokens of all maps in a row; position (1, N, D): their encodings; centres (N, 2):
         their x y in 0..1; sizes: (h, w) of each map -> (B, N, D)."""
         query = x + position
-        offsets = rearrange(upcast(self.offsets(query)), "b n (m s p c) -> s (b m) p n c",
+        offsets = rearrange(self.offsets(query), "b n (m s p c) -> s (b m) p n c",
                             m=self.heads, s=self.levels, c=2)          # a map: (B M, P, N, 2)
-        weights = rearrange(upcast(self.weights(query)), "b n (m j) -> b n m j", m=self.heads)
+        weights = rearrange(self.weights(query), "b n (m j) -> b n m j", m=self.heads)
         weights = weights.softmax(-1)                                  # over the points of all maps
         weights = rearrange(weights, "b n m (s p) -> s (b m) 1 p n", s=self.levels)
-        values = upcast(self.value(x)).split([h * w for h, w in sizes], 1)
+        values = self.value(x).split([h * w for h, w in sizes], 1)
         total = 0
         for value, offset, weight, (h, w) in zip(values, offsets, weights, sizes):
             value = rearrange(value, "b (h w) (m d) -> (b m) d h w", h=h, m=self.heads)
@@ -300,7 +310,7 @@ class DeformableAttention(nn.Module):
             pixel = torch.stack([offset.new_full((), 2 / w), offset.new_full((), 2 / h)])
             points = 2 * centres - 1 + offset * pixel                  # (B M, P, N, 2)
             total = total + self.read(value, points, weight)           # (B M, d, N)
-        return self.out(rearrange(total, "(b m) d n -> b n (m d)", b=len(x)).to(x.dtype))
+        return self.out(rearrange(total, "(b m) d n -> b n (m d)", b=len(x)))
 
     def read(self, value, points, weight):
         """`read_points`. What it reads is P times as large as the map: for a big map, autograd does not keep
@@ -483,6 +493,10 @@ def mask_logits(output):
     return torch.einsum("bqd,bdhw->bqhw", output["mask_embed"], output["features"])
 
 
+# What the networks repeat, for torch.compile. Swin's blocks all differ, by their stochastic depth
+BLOCKS = BasicBlock, Bottleneck, WindowAttention, MLP, EncoderLayer, DecoderLayer
+
+
 class Mask2Former(nn.Module):
     """images (B, 3, H, W) in 0..1, normalised inside -> a list of L = decoder_layers + 1 outputs, see
     `Decoder.output`. The last is the prediction; `mask_logits` computes its masks, at stride 4 (tiny: 2).
@@ -490,7 +504,8 @@ class Mask2Former(nn.Module):
     `loss(outputs, targets)` is the training loss, see `SetLoss`. isthing (K bools), class_names and task
     describe the data; mean and std are those of its colours, for the normalisation. All arguments are
     kept in `config`, which rebuilds the model. All weights are new; for ImageNet's, call
-    `model.backbone.load_imagenet()`. Raises ValueError for an unknown backbone."""
+    `model.backbone.load_imagenet()`, or `load_folder` of a Swin. Raises ValueError for an unknown
+    backbone."""
 
     def __init__(self, num_classes, backbone="resnet50", queries=100, width=256, heads=8, encoder_layers=6,
                  decoder_layers=9, encoder_ffn=1024, decoder_ffn=2048, class_weight=2.0, mask_weight=5.0,
@@ -517,7 +532,9 @@ class Mask2Former(nn.Module):
     def forward(self, images):
         x = (images - self.mean) / self.std        # (B, 3, H, W)
         maps = self.backbone(x)                    # (B, C, h, w) each, strides 4, 8, 16, 32
-        features, maps = self.pixel_decoder(maps)  # (B, D, h, w) of stride 4; strides 32, 16, 8
+        # In fp32 as in the original: bf16 has too few digits for where a point lies in a map
+        with torch.autocast(x.device.type, enabled=False):
+            features, maps = self.pixel_decoder([upcast(m) for m in maps])  # stride 4; strides 32, 16, 8
         return self.decoder(features, maps)        # L outputs
 
 
@@ -714,7 +731,7 @@ class SetLoss(nn.Module):
         """"valid" of all images, (B, 1, H, W), in the features' dtype; None if no image has it."""
         if not any("valid" in t for t in targets):
             return None
-        everywhere = torch.ones(targets[0]["masks"].shape[1:])
+        everywhere = features.new_ones(targets[0]["masks"].shape[1:])
         return torch.stack([t.get("valid", everywhere).to(features) for t in targets])[:, None]
 
     @torch.no_grad()
@@ -767,9 +784,11 @@ class SetLoss(nn.Module):
         """Cross entropy with the class of each query's target, or with "no object", which counts little since
         most queries are that: a weighted mean for each output, summed."""
         L, B, Q, _ = logits.shape
-        wanted = torch.full((L, B, Q), self.num_classes, device=logits.device)
-        output, target = (query >= 0).nonzero(as_tuple=True)
-        wanted[output, image[target], query[output, target]] = torch.cat(labels)[target]
+        # Targets that are left out, -1, go to an additional last query. (nonzero would wait for the GPU)
+        wanted = torch.full((L, B, Q + 1), self.num_classes, device=logits.device)
+        output = torch.arange(L, device=logits.device)[:, None]
+        wanted[output, image, query] = torch.cat(labels)
+        wanted = wanted[..., :Q]
         weight = logits.new_ones(self.num_classes + 1)
         weight[-1] = self.no_object
         error = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none")
@@ -825,7 +844,7 @@ class SetLoss(nn.Module):
 
 def average_count(masks, device):
     """The number of target masks, averaged over ranks and at least 1, as a tensor."""
-    masks = torch.tensor(float(masks), device=device)
+    masks = torch.full((), float(masks), device=device)  # torch.tensor would wait for the GPU
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(masks)
         masks = masks / dist.get_world_size()
@@ -1022,7 +1041,7 @@ def atomic_write(path):
     """Yield a temporary path that replaces `path` at the end: the file is complete or not there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".tmp{os.urandom(8).hex()}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -1050,10 +1069,7 @@ def load(path, task=None):
     task  one of TASKS, instead of the one that the weights were trained for
 
     Raises ValueError, with the path, for anything else."""
-    file, *others = weight_files(path)
-    tensors, metadata = read_safetensors(file)
-    for other in others:
-        tensors |= read_safetensors(other)[0]
+    file, tensors, metadata = read_weights(path)
     if "seggen" in metadata:
         header = json.loads(metadata["seggen"])
         if header["class"] != "Mask2Former":
@@ -1063,12 +1079,26 @@ def load(path, task=None):
         config = public_config(file.with_name("config.json"), tensors)
         tensors = rename(tensors)
     model = Mask2Former(**{**config, "task": task or config["task"]})
+    load_strict(model, tensors, file)
+    return model.eval()
+
+
+def load_strict(net, tensors, file):
+    """Load a state dict that was read from `file`. Raises ValueError where a key or a shape differs."""
     try:
-        model.load_state_dict(tensors)
+        net.load_state_dict(tensors)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise ValueError(f"{file}: not the weights of this network. {first:.200}") from error
-    return model.eval()
+
+
+def read_weights(path):
+    """The first file of a checkpoint and the tensors of all its files; the first one's metadata."""
+    file, *others = weight_files(path)
+    tensors, metadata = read_safetensors(file)
+    for other in others:
+        tensors |= read_safetensors(other)[0]
+    return file, tensors, metadata
 
 
 def weight_files(path):
@@ -1096,15 +1126,15 @@ def read_safetensors(file):
 
 # ---- official weights, as transformers stores them ---------------------------------------------------------
 
-# What config.json must say. Most sizes need no entry: weights of other sizes would fail to load
+# What config.json must say of a Mask2Former and of a Swin. Most sizes need no entry: weights of other sizes
+# would fail to load
 REQUIRED = {
     "architectures": ["Mask2FormerForUniversalSegmentation"],
     "activation_function": "relu",
     "pre_norm": False,
     "num_attention_heads": 8,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-5,
 }
+REQUIRED_OF_SWIN = {"model_type": "swin", "hidden_act": "gelu", "layer_norm_eps": 1e-5}
 
 # config.json says neither which classes are things nor always the task. Known data sets are recognised by
 # their number of classes, the first and the last of them
@@ -1172,22 +1202,39 @@ RENAMES = {
     },
     ("class_predictor", "decoder.classes"): {},
 }
-# Constants that our model computes, and norms that theirs never applies
-UNUSED = ("relative_position_index", "criterion.empty_weight", "encoder.layernorm", "swin.layernorm")
+# Constants that our model computes, norms that theirs never applies, the classifier of a Swin
+UNUSED = ("relative_position_index", "criterion.empty_weight", "encoder.layernorm", "swin.layernorm",
+          "encoder.classifier")
+
+
+def check_config(file, config, required):
+    """Raises ValueError where a config.json has other values than those required; missing ones are right."""
+    for key, value in required.items():
+        found = config.get(key, value)
+        if found != value:
+            raise ValueError(f"{file}: {key} is {found}, but this network has {value}. Give other weights")
+
+
+def swin_name(file):
+    """Which one of SWINS a config.json of transformers describes: of a Swin or of a Mask2Former on one."""
+    public = read_json(file)
+    config = public.get("backbone_config") or public
+    check_config(file, config, REQUIRED_OF_SWIN)
+    shape = dict(embed_dim=config.get("embed_dim", 96),
+                 depths=config.get("depths", [2, 2, 6, 2]),
+                 num_heads=config.get("num_heads", [3, 6, 12, 24]),
+                 window_size=2 * [config.get("window_size", 7)])
+    for name, ours in SWINS.items():
+        if ours == shape:
+            return name
+    raise ValueError(f"{file}: a Swin of {shape}. Known are {', '.join(SWINS)}")
 
 
 def public_config(file, tensors):
     """The constructor arguments that a transformers config.json stands for."""
     public = read_json(file)
-    swin = public.get("backbone_config") or {}
-    for key, value in REQUIRED.items():
-        found = {**swin, **public}.get(key, value)
-        if found != value:
-            raise ValueError(f"{file}: {key} is {found}, but this network has {value}. Give other weights")
-    size = swin.get("embed_dim", 96), swin.get("depths", [2, 2, 6, 2])
-    backbones = [name for name, ours in SWINS.items() if (ours["embed_dim"], ours["depths"]) == size]
-    if not backbones:
-        raise ValueError(f"{file}: a backbone of width and depths {size}. Known are {', '.join(SWINS)}")
+    check_config(file, public, REQUIRED)
+    backbone = swin_name(file)
     K = len(tensors["class_predictor.bias"]) - 1
     names = public.get("id2label", {})
     names = [names.get(str(k), f"class {k + 1}").strip() for k in range(K)]
@@ -1196,7 +1243,7 @@ def public_config(file, tensors):
     title = f"{file.absolute().parent.name} {Path(public.get('_name_or_path') or '').name}"
     named = max(TASKS, key=title.rfind)  # the one that it mentions last; -1 where it does not
     return dict(num_classes=K,
-                backbone=backbones[0],
+                backbone=backbone,
                 queries=public.get("num_queries", 100),
                 isthing=isthing,
                 class_names=names,
@@ -1215,6 +1262,8 @@ def read_normalisation(file):
 
 
 def read_json(file):
+    if not file.exists():
+        raise ValueError(f"{file}: no such file. Give a folder as transformers stores a model")
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
@@ -1226,8 +1275,8 @@ def rename(tensors):
     renamed = {rename_key(key): tensor for key, tensor in tensors.items()
                if not any(part in key for part in UNUSED)}
     for key in [key for key in renamed if ".qkv.q." in key]:
-        parts = [renamed.pop(key.replace(".q.", f".{part}.")) for part in "qkv"]
-        renamed[key.replace(".q.", ".")] = torch.cat(parts)
+        parts = [key.replace(".q.", f".{part}.") for part in "qkv"]
+        renamed[key.replace(".q.", ".")] = torch.cat([renamed.pop(part) for part in parts if part in renamed])
     return renamed
 
 

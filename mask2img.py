@@ -36,7 +36,8 @@ from data.pairs import (FlagParser, PairFolder, check_classes, contact_sheet, co
 from diffusion import ALWAYS, Schedule, seed_of
 from text2mask import (DROP, GUIDANCE, SCHEDULE, SMALL, STEPS, CaptionedPairs, TextToImage, apply_recipe,
                        choose_sampling, choose_size, copy_codes, default_sampling, drop_captions,
-                       find_weights, fit_generator, init_flag, sampling_flags, to_pixels, training_flags)
+                       find_weights, fit_generator, init_flag, painted_sizes, sampling_flags, to_pixels,
+                       training_flags)
 from unet import PRESETS, ControlNet, TextEncoder, UNet
 
 MIN_SNR = 5.0  # cap of Schedule.weight; an unweighted loss leaves textures soft
@@ -124,12 +125,12 @@ class Mask2Img(TextToImage):
                               min_snr=None if self.vae else MIN_SNR)
 
     def sample(self, codes, captions, seeds, steps=STEPS["mask2img"][0], guidance=GUIDANCE["mask2img"][0],
-               sampler="dpm++", interval=ALWAYS):
+               sampler="dpm++", interval=ALWAYS, time_ids=None):
         """(B, H, W) uint8 codes, B captions and seeds -> (B, H, W, 3) uint8 images. guidance, interval: as in
-        diffusion.denoiser."""
+        diffusion.denoiser; time_ids: as in TextToImage.generate."""
         codes = torch.from_numpy(np.asarray(codes)).long().to(self.colours.device)
         x0 = self.generate(captions, seeds, steps, guidance, sampler, size=codes.shape[1:],
-                           extra=(self.condition(codes),), interval=interval)
+                           time_ids=time_ids, extra=(self.condition(codes),), interval=interval)
         return to_pixels(x0)
 
 
@@ -214,7 +215,8 @@ def train(args):
     torch.manual_seed(seed_of(args.seed, "weights"))
     model = new_model(args, pairs.classes, device)
     pairs.keep()
-    data = CaptionedPairs(pairs, args.size, model.text.tokenize)
+    data = CaptionedPairs(pairs, args.size, model.text.tokenize, edge_width=model.edge_width,
+                          sizes=painted_sizes(model, pairs, pairs.names))
     if rank == 0:
         print(describe_classes(count_classes(pairs), pairs.classes))
 
@@ -222,7 +224,8 @@ def train(args):
     val = pairs.folder.parent / "val"
     if not val.is_dir():
         val = pairs.folder
-    val = CaptionedPairs(PairFolder(val, parts), args.size, model.text.tokenize, augment=False)
+    val = CaptionedPairs(PairFolder(val, parts), args.size, model.text.tokenize, augment=False,
+                         edge_width=model.edge_width)
     check_classes(val.pairs.classes, pairs.classes, val.pairs.folder)
     shown, measured = spread(len(val), 8 if model.vae else 24), spread(len(val), 64)
     for i in {*shown, *measured}:
@@ -268,12 +271,12 @@ def condition_gap(model, data, indices):
 def sample_images(args):
     """Paint --count images of --mask -> OUT/images.png: the mask, then the images."""
     device, _, _ = diffusion.setup(args.device)
-    model = diffusion.load(Mask2Img, find_weights("shapes", "mask2img", args.init), device)
+    model = diffusion.load(Mask2Img, find_weights("shapes", "mask2img", args.init), device, args.base)
     choose_sampling(args, model, "mask2img")
     classes = model.config["classes"]
     codes = read_ids(args.mask, len(classes))
     if model.config["edges"]:  # as it was trained; what separates instances is not known here
-        codes = outline(codes, np.zeros_like(codes), len(classes))
+        codes = outline(codes, np.zeros_like(codes), len(classes), model.edge_width)
     seeds = [seed_of(args.seed, k) for k in range(args.count)]
     captions = [args.prompt] * args.count
     masks = np.repeat(codes[None], args.count, 0)

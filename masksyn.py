@@ -15,11 +15,14 @@ Needs:   unet.py, diffusion.py, text2mask.py, mask2img.py, data/pairs.py.
     python masksyn.py --prompt "two red houses by the water at sunset" --count 8
     python masksyn.py --captions captions.txt                # a pair of every line
     torchrun --nproc_per_node 2 masksyn.py --limit 1000      # each rank makes its share
+    python masksyn.py --limit 1000 --part 1/4                # or four machines, --part 1/4 to 4/4
 
 Dimension key: B batch, H W pixels, K classes. A job is (source name, k): the k-th pair of a source.
 """
+import argparse
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,23 +30,27 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import diffusion
+import unet as networks
 from data.pairs import (FlagParser, PairFolder, check_classes, contact_sheet, dataset_name, find_split,
-                        list_files, number, open_picture, outline, palette, read_captions, read_ids,
-                        read_json, read_text, remove_temporary, run, spread, write_json, write_pair,
-                        write_picture)
+                        list_names, number, outline, palette, read_captions, read_ids, read_json, read_text,
+                        remove_temporary, run, spread, write_json, write_pair, write_picture)
 from diffusion import seed_of
 from mask2img import Mask2Img
-from text2mask import (Text2Mask, choose_sampling, find_weights, region_flag, sampler_flags, segments,
-                       words_of)
+from text2mask import (Text2Mask, choose_sampling, find_weights, list_shapes, painted_size, painted_sizes,
+                       region_flag, sampler_flags, segments, words_of)
 
 
-def split_jobs(sources, per_source, batch, rank, world):
+def split_jobs(sources, per_source, batch, rank, world, sizes=None):
     """Source names -> this rank's batches of jobs.
 
-    Batches are cut before they are shared out, and all jobs of one have the same k. So a sample is made in
-    the same batch, and comes out the same, for any number of ranks and for a larger per_source.
+    Batches are cut before they are shared out, and all jobs of one have the same k and, where sizes {source:
+    (H, W)} are given, the same size. So a sample is made in the same batch, and comes out the same, for any
+    number of ranks and for a larger per_source.
     """
-    parts = [sources[i:i + batch] for i in range(0, len(sources), batch)]
+    groups = {}
+    for source in sources:
+        groups.setdefault(sizes and sizes[source], []).append(source)
+    parts = [group[i:i + batch] for group in groups.values() for i in range(0, len(group), batch)]
     batches = []
     for k in range(per_source):
         batches += [[(source, k) for source in part] for part in parts]
@@ -54,11 +61,10 @@ def pair_name(job):
     return f"{job[0]}_{job[1]:02d}"
 
 
-def exists(out, job):
-    """Whether a job's pair is complete."""
-    name = pair_name(job)
-    parts = out / f"images/{name}.png", out / f"masks/{name}.png", out / f"captions/{name}.txt"
-    return all(path.exists() for path in parts)
+def complete_pairs(out):
+    """The names of the pairs that are complete."""
+    images, masks = list_names(out / "images", (".png", ".jpg")), list_names(out / "masks", (".png",))
+    return images.keys() & masks.keys() & list_names(out / "captions", (".txt",)).keys()
 
 
 def holds_prompt(out):
@@ -66,12 +72,13 @@ def holds_prompt(out):
     return (out / "meta.json").is_file() and "prompt" in read_json(out / "meta.json")
 
 
-def prepare_output(out, meta, classes, replace):
+def prepare_output(out, meta, classes, replace, alone):
     """Delete `out` if it is to be replaced; else only temporary files of a killed run. Write what describes
-    the pairs."""
+    the pairs. alone: False where other processes may be writing temporary files now."""
     if replace:
         shutil.rmtree(out)
-    remove_temporary(out)
+    if alone:
+        remove_temporary(out)
     write_json(out / "meta.json", meta)
     write_json(out / "classes.json", classes)
 
@@ -80,30 +87,40 @@ def describe(args, fingerprint, **checkpoints):
     """The settings, source data and weights that decide a pair's content, for meta.json."""
     # Left out: flags that change only how many pairs, where they go, or the device; and paths of weights,
     # whose content counts.
-    passed_over = ("out", "limit", "per_source", "hardness", "device", "count", "prompt", "captions",
-                   *checkpoints)
-    meta = {key: str(value) for key, value in vars(args).items() if key not in passed_over}
+    passed_over = ("out", "limit", "per_source", "hardness", "device", "compile", "count", "prompt",
+                   "captions", "part", *checkpoints)
+    meta = {key: str(value) for key, value in vars(args).items()
+            if key not in passed_over and value is not False}  # a switch that is off
     for name, path in checkpoints.items():
         meta[f"{name}_weights"] = diffusion.weights_hash(path)
+        trained_on = diffusion.read_header(path).get("trained_on")
+        if trained_on:
+            meta[f"{name}_pairs"] = trained_on["pairs"]
     return meta | {"source": fingerprint}
 
 
-def synthesize(args, out, counts, make, classes, meta, title="", replace=False):
+def synthesize(args, out, counts, make, classes, meta, sizes=None, title="", replace=False):
     """Write the pairs of all jobs that `out` lacks: the loop of both modes.
 
     counts   {source name: how many pairs it gets}
     make     make(jobs) -> for each job the arguments of write_pair: image, ids, instances, captions
     classes  the content of classes.json
     meta     what makes these pairs what they are; raises ValueError where `out` holds others
+    sizes    {source name: (H, W) of its pairs}, where they differ: a batch holds one size
     title    the caption of all pairs (--prompt), above the samples
     replace  delete what `out` holds first
     """
     _, rank, world = diffusion.setup(args.device)
+    if args.part and world > 1:
+        raise ValueError("--part shares the work out, and so does torchrun. Use one of them")
     if not replace:
         diffusion.check_output(out, meta)
-    batches = split_jobs(list(counts), max(counts.values()), args.batch, rank, world)
+    batches = split_jobs(list(counts), max(counts.values()), args.batch, *(args.part or (rank, world)), sizes)
+    if args.part and not batches:
+        raise ValueError(f"--part: no batch of {args.batch} pairs is left for this one. Use fewer parts")
     batches = [[job for job in jobs if job[1] < counts[job[0]]] for jobs in batches]
-    todo = [jobs for jobs in batches if replace or not all(exists(out, job) for job in jobs)]
+    complete = set() if replace else complete_pairs(out)
+    todo = [jobs for jobs in batches if not complete.issuperset(map(pair_name, jobs))]
     bar = tqdm(total=sum(map(len, todo)), desc=out.name, unit="pair", disable=rank > 0)
     # The first batch comes before the folder: bad input ends the run here, and leaves nothing.
     clock = time.time()
@@ -114,33 +131,41 @@ def synthesize(args, out, counts, make, classes, meta, title="", replace=False):
     if world > 1:
         dist.barrier()  # every rank has looked at the folder
     if rank == 0:
-        prepare_output(out, meta, classes, replace)
+        prepare_output(out, meta, classes, replace, alone=not args.part)
     if world > 1:
         dist.barrier()
-    for n, jobs in enumerate(todo):
-        # A batch is made as one even where some of its pairs exist: the same batch gives the same bytes.
-        for job, pair in zip(jobs, make(jobs) if n else first):
-            if not exists(out, job):
-                write_pair(out, pair_name(job), K=len(classes), **pair)
+
+    def write(jobs, pairs):
+        for job, pair in zip(jobs, pairs):
+            if (name := pair_name(job)) not in complete:
+                write_pair(out, name, K=len(classes), ending=".jpg" if args.jpeg else ".png", **pair)
         bar.update(len(jobs))
+    # A thread writes a batch while the next is made. result() waits for it, and raises its error here.
+    with ThreadPoolExecutor(1) as writer:
+        writing = writer.submit(write, [], [])  # nothing yet
+        for n, jobs in enumerate(todo):
+            # A batch is made as one even where some of its pairs exist: the same batch gives the same bytes.
+            pairs = make(jobs) if n else first
+            writing.result()
+            writing = writer.submit(write, jobs, pairs)
+        writing.result()
     bar.close()
     if world > 1:
         dist.barrier()
     if rank == 0:
-        draw_samples(out, classes, title)
-        count = len(list_files(out / "images", (".png",)))
-        print(f"{out}: {count} pairs; look at {out / 'samples.png'}")
+        pairs = PairFolder(out, ("image",))  # of complete pairs: other parts may be writing masks now
+        draw_samples(pairs, classes, title)
+        print(f"{out}: {len(pairs)} pairs; look at {out / 'samples.png'}")
 
 
-def draw_samples(out, classes, title="", count=24):
+def draw_samples(pairs, classes, title="", count=24):
     """OUT/samples.png: pairs from all over the folder, each with its caption."""
-    images = list(list_files(out / "images", (".png",)).items())  # each means a complete pair
-    images = [images[i] for i in spread(len(images), count)]
-    masks = [read_ids(out / "masks" / f"{name}.png", len(classes)) for name, _ in images]
-    rows = {"mask": list(palette(len(classes))[np.stack(masks)]),
-            "image": [np.asarray(open_picture(path)) for _, path in images]}
-    captions = [] if title else [read_captions(out, name)[0] for name, _ in images]
-    write_picture(out / "samples.png", contact_sheet(rows, captions, classes, title))
+    chosen = spread(len(pairs), count)
+    masks = [read_ids(pairs.mask_path(i), len(classes)) for i in chosen]
+    rows = {"mask": [palette(len(classes))[mask] for mask in masks],
+            "image": [pairs.read(i)["image"] for i in chosen]}
+    captions = [] if title else [pairs.captions(i)[0] for i in chosen]
+    write_picture(pairs.folder / "samples.png", contact_sheet(rows, captions, classes, title))
 
 
 def find_generators(args, stages, need_data=True):
@@ -184,6 +209,14 @@ def warn_of_unknown_words(prompt, data):
               "learned what that looks like.")
 
 
+def share(text):
+    """An argparse type: "I/N", the I-th of N processes -> (I - 1, N)."""
+    part, parts = map(int, text.split("/"))
+    if not 1 <= part <= parts:
+        raise argparse.ArgumentTypeError(f"{text}: I/N is needed, with I from 1 to N")
+    return part - 1, parts
+
+
 def synthesis_flags(parser, per_source):
     """The flags that MaskSyn and ImgSyn share."""
     add = parser.add_argument
@@ -196,9 +229,13 @@ def synthesis_flags(parser, per_source):
         help="use the first N captions or masks (default: 64 of the built-in data, else all)")
     add(per_source, dest="per_source", metavar="N", type=positive, default=1, help="pairs of each")
     add("--batch", type=positive, default=16, help="pairs at a time")
+    add("--jpeg", action="store_true", help="images as JPEG of quality 95 instead of PNG")
+    add("--part", metavar="I/N", type=share,
+        help="make only the I-th of N parts of the pairs; each part may run on another machine")
     sampler_flags(parser, "mask2img")
     add("--seed", type=int, default=0, help="another seed, other pairs")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ...")
+    add("--compile", action="store_true", help="torch.compile the networks, for CUDA and many pairs")
 
 
 def parse(argv):
@@ -221,8 +258,11 @@ def parse(argv):
 def load_generators(args, device, need_data=True):
     """Text2Mask, Mask2Img and {stage: path of its weights}. Raises ValueError where they do not fit."""
     paths = find_generators(args, ("text2mask", "mask2img"), need_data)
-    text2mask = diffusion.load(Text2Mask, paths["text2mask"], device)
-    mask2img = diffusion.load(Mask2Img, paths["mask2img"], device)
+    text2mask = diffusion.load(Text2Mask, paths["text2mask"], device, args.mask_base)
+    mask2img = diffusion.load(Mask2Img, paths["mask2img"], device, args.base)
+    if args.compile:
+        networks.compile_blocks(text2mask)
+        networks.compile_blocks(mask2img)
     choose_sampling(args, text2mask, "text2mask", "mask_")
     choose_sampling(args, mask2img, "mask2img")
     first, second = text2mask.config, mask2img.config
@@ -233,28 +273,34 @@ def load_generators(args, device, need_data=True):
     return text2mask, mask2img, paths
 
 
-def make_pairs(jobs, captions, text2mask, mask2img, args):
-    """Jobs and their captions -> the arguments of write_pair of each: a new mask, and a new image on it."""
+def make_pairs(jobs, captions, text2mask, mask2img, args, shapes=None):
+    """Jobs and their captions -> the arguments of write_pair of each: a new mask, and a new image on it.
+
+    shapes: the (H, W) of the pictures that the captions are of; all are painted in the size that fits the
+    first. Without them, in the size of the training.
+    """
+    size = painted_size(text2mask, shapes[0]) if shapes else None
+    time_ids = [(*shape, 0, 0, *size) for shape in shapes] if shapes else None
     classes = text2mask.config["classes"]
     isthing = [c["isthing"] for c in classes]
     seeds = [seed_of(args.seed, *job, "mask") for job in jobs]
-    codes = text2mask.sample(captions, seeds, args.mask_steps, args.mask_guidance, args.mask_sampler,
-                             interval=args.mask_guidance_interval)
+    codes = text2mask.sample(captions, seeds, args.mask_steps, args.mask_guidance, args.mask_sampler, size,
+                             interval=args.mask_guidance_interval, time_ids=time_ids)
     masks = [segments(c, isthing, args.min_region) for c in codes]  # [(ids, instances)]
-    return paint(jobs, captions, masks, any(isthing), mask2img, args)
+    return paint(jobs, captions, masks, any(isthing), mask2img, args, time_ids)
 
 
-def paint(jobs, captions, masks, has_instances, mask2img, args):
+def paint(jobs, captions, masks, has_instances, mask2img, args, time_ids=None):
     """The second half of both modes: an image on each mask -> the arguments of write_pair of each job.
 
-    masks: (ids, instances) of each, both (H, W) uint8.
+    masks: (ids, instances) of each, both (H, W) uint8; time_ids: as in TextToImage.generate.
     """
     edges = mask2img.config["edges"] and has_instances
-    K = len(mask2img.config["classes"])
-    codes = np.stack([outline(*mask, K) if edges else mask[0] for mask in masks])
+    K, width = len(mask2img.config["classes"]), mask2img.edge_width
+    codes = np.stack([outline(*mask, K, width) if edges else mask[0] for mask in masks])
     seeds = [seed_of(args.seed, *job, "image") for job in jobs]
     images = mask2img.sample(codes, captions, seeds, args.steps, args.guidance, args.sampler,
-                             args.guidance_interval)
+                             args.guidance_interval, time_ids)
     pairs = []
     for image, (ids, instances), caption in zip(images, masks, captions):
         instances = instances if has_instances else None
@@ -272,9 +318,9 @@ def choose_captions(jobs, pairs):
 
 
 def limit_sources(args, sources):
-    """The first --limit of the sources; without it, 64 of the built-in data and all of any other."""
+    """The first --limit of the sources; without it, 64 of the built-in data and all of any other -> list."""
     limit = 64 if dataset_name(args.data) == "shapes" else None
-    return sources[:args.limit or limit]
+    return list(sources)[:args.limit or limit]
 
 
 def read_caption_lines(path):
@@ -292,6 +338,8 @@ def main(argv=None):
     args = parse(argv)
     if args.prompt is not None and args.captions:
         raise ValueError("--prompt has no effect with --captions. Give one of them")
+    if args.prompt is not None and args.part:
+        raise ValueError("--prompt replaces its folder, the pairs of other parts too. Leave --part out")
     if args.prompt is not None:
         return paint_prompt(args)
     if args.captions:
@@ -302,11 +350,12 @@ def main(argv=None):
     check_classes(text2mask.config["classes"], pairs.classes, paths["text2mask"])
 
     def make(jobs):
-        return make_pairs(jobs, choose_captions(jobs, pairs), text2mask, mask2img, args)
+        shapes = list_shapes(pairs, [source for source, _ in jobs])
+        return make_pairs(jobs, choose_captions(jobs, pairs), text2mask, mask2img, args, shapes)
     out = args.out or Path("out") / dataset_name(args.data) / "masksyn"
     meta = describe(args, pairs.fingerprint(), **paths)
     counts = dict.fromkeys(limit_sources(args, pairs.names), args.per_source)
-    synthesize(args, out, counts, make, pairs.classes, meta)
+    synthesize(args, out, counts, make, pairs.classes, meta, painted_sizes(text2mask, pairs, counts))
 
 
 def paint_captions(args):

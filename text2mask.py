@@ -4,12 +4,12 @@ A mask becomes an image by giving each class a colour, so a text-to-image model 
 masks. In pixel space the network predicts, for every pixel, how likely each colour of the palette is: x0 is
 the expected colour and the loss is cross-entropy, so a finished mask has no blended borders to decode. With
 SDXL the colour map is an image like any other: its latents are noised, a sample is decoded by the VAE and
-read by nearest colour.
+read by the nearest levels of the palette.
 
 Paper:   SegGen (2311.03355) section 3, Text2Mask: SDXL-base fine-tuned on (caption, colour map), lr 1e-5, 30k
          steps [N]. The palette explains every pixel of the authors' published pictures [D].
 Differs: on small data the base is a small pixel-space UNet of our own with a logit per colour; masks are
-         cleaned of specks (the paper's are not); edges between instances are one pixel wide [?]. --rank
+         cleaned of specks (the paper's are not); edges between instances are 1 or 3 pixels wide [?]. --rank
          fine-tunes by LoRA (2106.09685): low-rank matrices beside the frozen attentions of the base are
          trained, and on a small base the input convolution and the head, which are new to masks.
 Reads:   the pair folder data/NAME/train; --init: a base of mask2img.py, or SDXL's public folder.
@@ -25,6 +25,7 @@ classes. Codes: 0 void, 1..K the classes, K + 1 edge.
 """
 import contextlib
 import functools
+import math
 import re
 from pathlib import Path
 
@@ -37,8 +38,8 @@ from torch import nn
 import diffusion
 import unet as networks
 from data.pairs import (CROWD, ROOT, FlagParser, PairFolder, contact_sheet, dataset_name, describe_classes,
-                        find_split, has_left_or_right, list_pairs, number, outline, palette, picture_size,
-                        run, some_sizes, spread, write_mask, write_picture)
+                        find_split, has_left_or_right, header_size, number, outline, palette, palette_levels,
+                        picture_size, run, some_sizes, spread, write_mask, write_picture)
 from diffusion import ALWAYS, SAMPLERS, Schedule, seed_of
 from unet import PRESETS, VAE, SDXLText, TextEncoder, UNet
 
@@ -50,72 +51,79 @@ SDXL = dict(steps=30_000, batch=4, lr=1e-5, workers=4, save_every=2500)
 # and 40 for images [N]; the rest is ours [?].
 STEPS = {"text2mask": (12, 25), "mask2img": (15, 40)}
 GUIDANCE = {"text2mask": (1.0, 2.0), "mask2img": (1.5, 5.0)}
+EDGE_WIDTH = (1, 3)   # pixels between segments, of the small models and on SDXL, whose VAE blurs 1 away
 MIN_REGION = (8, 50)  # pixels. The VAE's blur leaves thin false regions between classes: 50 removes most
+# The mean of a picture shows through even SDXL's strongest noise, so SDXL never learns to choose it and
+# paints pictures of medium brightness. Colour maps have any mean: a random shift of this deviation, added to
+# the noise of each channel, hides it in training ("noise offset"; SDXL's own training used 0.05) [?].
+NOISE_OFFSET = 0.1
 SCHEDULE = dict(kind="cosine", prediction="sample", spacing="trailing")  # of the small models
 SDXL_LOOP = dict(warmup=500, decay="constant", ema=0.9999)
 
 
 # ---- the mask codec ----------------------------------------------------------------------------------------
 
-def encode(ids, K, instances=None):
-    """(H, W) class ids -> (H, W, 3) uint8 colour map; with instances, every segment is outlined."""
-    codes = ids if instances is None else outline(ids, instances, K)
+def encode(codes, K):
+    """(H, W) class ids or codes -> (H, W, 3) uint8 colour map."""
     return palette(K)[codes]
 
 
-def decode(colours, K, ambiguity=0.8):
-    """(H, W, 3) uint8 -> (H, W) uint8 codes by the nearest palette colour.
+def decode(colours, K):
+    """(H, W, 3) uint8 -> (H, W) uint8 codes: every channel is rounded to the nearest level of the palette.
 
-    A pixel whose nearest distance is over `ambiguity` times its second nearest lies between two classes and
-    becomes void.
+    A channel that is over a third of a step from its level lies between two, and some levels make no code.
+    Such a pixel becomes edge, for it is where two blurred regions meet, and its nearest colour is often that
+    of a third class: `segments` grows the two over it. A limit nearer to a half lets more of third classes
+    through, one below a third loses thin regions of noisy maps.
     """
-    pixels = torch.from_numpy(np.array(colours, np.float32)).reshape(-1, 3)
-    code_colours = torch.from_numpy(palette(K).astype(np.float32))
-    codes = []
-    # In parts: the distances of all of 2 MP would take 1.2 GB.
-    for part in pixels.split(1 << 18):
-        distance, code = torch.cdist(part, code_colours).topk(2, largest=False)  # (N, 2)
-        codes.append(torch.where(distance[:, 0] > ambiguity * distance[:, 1], 0, code[:, 0]))
-    return torch.cat(codes).reshape(colours.shape[:2]).to(torch.uint8).numpy()
+    base, step = palette_levels(K)
+    value = np.arange(256)
+    digit = np.rint(value / step).astype(np.int16)
+    digit[abs(value - digit * step) > step / 3] = base ** 3  # more than any code
+    red, green, blue = (digit[colours[..., channel]] for channel in range(3))  # (H, W)
+    return np.minimum(green * base ** 2 + red * base + blue, K + 1).astype(np.uint8)
 
 
 def components(values):
     """(H, W) integers -> (H, W) labels: a 4-connected region of equal values gets its smallest flat index.
 
-    Union-find on all pixels at once: neighbours of equal value take the smaller label, then labels follow
-    labels until nothing changes.
+    Union-find on runs: rows are cut into runs of equal values, far fewer than pixels. Runs of one value that
+    touch take the smaller label, then labels follow labels until nothing changes.
     """
-    index = np.arange(values.size).reshape(values.shape)
-    right, down = values[:, 1:] == values[:, :-1], values[1:] == values[:-1]
-    a = np.concatenate([index[:, :-1][right], index[:-1][down]])  # pairs of neighbours of equal value
-    b = np.concatenate([index[:, 1:][right], index[1:][down]])
-    label = index.ravel().copy()
+    begins = np.ones(values.shape, bool)
+    begins[:, 1:] = values[:, 1:] != values[:, :-1]
+    run = begins.ravel().cumsum().reshape(values.shape) - 1  # (H, W) each pixel's run, numbered from 0
+    # Two runs that touch: once, at the first column that they share.
+    touch = (values[1:] == values[:-1]) & (begins[1:] | begins[:-1])
+    a, b = run[:-1][touch], run[1:][touch]
+    label = np.arange(run[-1, -1] + 1)
     while len(a):
         low = np.minimum(label[a], label[b])
         np.minimum.at(label, label[a], low)
         np.minimum.at(label, label[b], low)
-        # A label is the index of a pixel of the region: take its label's label until every one is its own.
+        # A label is a run of the region: take its label's label until every one is its own.
         while not np.array_equal(shorter := label[label], label):
             label = shorter
         apart = label[a] != label[b]
         a, b = a[apart], b[apart]
-    return label.reshape(values.shape)
+    return np.flatnonzero(begins)[label][run]
 
 
 def grow(known, *maps):
     """Pixels outside `known` (H, W) bool take the nearest known pixel's value, ring by ring, in each map."""
-    known, maps = known.copy(), [m.copy() for m in maps]
-    while known.any() and not known.all():
-        before = known.copy()
-        for axis, shift in ((0, 1), (0, -1), (1, 1), (1, -1)):
-            take = np.roll(before, shift, axis)
-            lines = take if axis == 0 else take.T
-            lines[0 if shift == 1 else -1] = False  # np.roll wraps around; lines is a view of take
-            take &= ~known
-            for m in maps:
-                m[take] = np.roll(m, shift, axis)[take]
-            known |= take
-    return maps
+    width = known.shape[1] + 2
+    todo = np.flatnonzero(np.pad(~known, 1))
+    known, maps = np.pad(known, 1).ravel(), [np.pad(m, 1).ravel() for m in maps]  # the border is not known
+    while len(todo) and known.any():
+        source = np.zeros_like(todo)
+        for step in (1, -1, width, -width):  # right, left, below, above: the last one counts
+            source = np.where(known[todo + step], todo + step, source)
+        ring = source > 0
+        for m in maps:
+            m[todo[ring]] = m[source[ring]]
+        known[todo[ring]] = True
+        todo = todo[~ring]
+    return [m.reshape(-1, width)[1:-1, 1:-1] for m in maps]
 
 
 def clean(codes, min_region=8):
@@ -143,13 +151,45 @@ def segments(codes, isthing, min_region=8):
     else:
         ids = np.where(codes > K, 0, codes)
     things = np.concatenate([[False], isthing])[ids]
-    instances = np.zeros(ids.shape, np.uint8)
-    for n, root in enumerate(np.unique(label[things]), 1):
-        instances[things & (label == root)] = min(n, CROWD)
-    return ids.astype(np.uint8), instances
+    # A region is numbered where it begins: its label is the index of its first pixel.
+    roots = np.flatnonzero(things & (label == np.arange(label.size).reshape(label.shape)))
+    numbers = np.zeros(label.size, np.uint8)
+    numbers[roots] = np.arange(1, len(roots) + 1).clip(max=CROWD)
+    return ids.astype(np.uint8), numbers[label]
 
 
 # ---- the data ----------------------------------------------------------------------------------------------
+
+def fit_size(aspect, side, multiple):
+    """The (H, W) with about side * side pixels and W / H = aspect whose lengths are multiples."""
+    lengths = side / aspect ** 0.5, side * aspect ** 0.5
+    return tuple(max(1, round(length / multiple)) * multiple for length in lengths)
+
+
+def painted_size(model, shape):
+    """The (H, W) in which a model paints a picture that stands for one of `shape` (H, W).
+
+    SDXL paints in that shape, up to 1 to 4, with about as many pixels as in its training, in multiples of 64
+    as its own training did; a small model paints in the size of its training.
+    """
+    height, width = model.config["size"]
+    if model.vae is None:
+        return height, width
+    aspect = min(max(shape[1] / shape[0], 1 / 4), 4)
+    return fit_size(aspect, (height * width) ** 0.5, math.gcd(64, height, width))
+
+
+def list_shapes(pairs, names):
+    """The (H, W) of the pictures of these names, by their headers."""
+    return [header_size(pairs.paths[pairs.positions[name]])[::-1] for name in names]
+
+
+def painted_sizes(model, pairs, names):
+    """{name: the (H, W) in which its picture is painted}; None for a small model, which has one size."""
+    if model.vae is None:
+        return None
+    return {name: painted_size(model, shape) for name, shape in zip(names, list_shapes(pairs, names))}
+
 
 class ResizeCrop:
     """Scale pictures of one (H, W) to cover another and crop: at random with rng, else in the middle.
@@ -187,14 +227,17 @@ class CaptionedPairs(torch.utils.data.Dataset):
     tokens    (L,) long, of one of the captions
     time_ids  (6,) SDXL's size conditioning: original size, crop corner and target size, each (h, w) in pixels
 
-    size is (H, W). With augment, the crop is random and half of the samples are mirrored, unless the caption
-    or a class speaks of left or right.
+    size is (H, W); edge_width: of the outlines, in pixels. With augment, the crop is random and half of the
+    samples are mirrored, unless the caption or a class speaks of left or right. sizes {name: (H, W)}, if
+    given, go before `size`; .groups then gives equal numbers to pairs of equal size, which may be in one
+    batch.
     """
     seeded = True
 
-    def __init__(self, pairs, size, tokenize, augment=True):
-        self.pairs, self.size = pairs, tuple(size)
-        self.tokenize, self.augment = tokenize, augment
+    def __init__(self, pairs, size, tokenize, augment=True, edge_width=1, sizes=None):
+        self.pairs, self.sizes = pairs, [sizes[name] if sizes else tuple(size) for name in pairs.names]
+        self.groups = np.unique(self.sizes, axis=0, return_inverse=True)[1].ravel() if sizes else None
+        self.tokenize, self.augment, self.edge_width = tokenize, augment, edge_width
         self.mirrors = not has_left_or_right(pairs.classes)
 
     def __len__(self):
@@ -203,8 +246,9 @@ class CaptionedPairs(torch.utils.data.Dataset):
     def cropped_share(self):
         """The share of an average picture's pixels that the crop leaves out, from up to 500 headers."""
         kept = []
-        for width, height in some_sizes(self.pairs.paths):
-            aspect = width / height * self.size[0] / self.size[1]
+        for i in spread(len(self), 500):
+            width, height = header_size(self.pairs.paths[i])
+            aspect = width / height * self.sizes[i][0] / self.sizes[i][1]
             kept.append(min(aspect, 1 / aspect))
         return 1 - float(np.mean(kept))
 
@@ -217,14 +261,14 @@ class CaptionedPairs(torch.utils.data.Dataset):
         if self.augment:
             caption = captions[rng.integers(len(captions))]
             mirror = rng.random() < 0.5 and self.mirrors and not {"left", "right"} & set(words_of(caption))
-        crop = ResizeCrop(source, self.size, rng if self.augment else None)
+        crop = ResizeCrop(source, self.sizes[index], rng if self.augment else None)
         views = {part: crop(array) for part, array in pair.items()}
         left = crop.left
         if mirror:
             views = {part: view[:, ::-1] for part, view in views.items()}
             left = crop.room - crop.left  # the crop's corner in the mirrored picture
 
-        time_ids = [*source, crop.top, left, *self.size]
+        time_ids = [*source, crop.top, left, *self.sizes[index]]
         item = dict(tokens=self.tokenize([caption])[0],
                     time_ids=torch.tensor(time_ids, dtype=torch.float32))
         if "image" in views:
@@ -233,8 +277,8 @@ class CaptionedPairs(torch.utils.data.Dataset):
         if "ids" in views:
             codes = views["ids"]
             if "instances" in views and self.pairs.has_instances:
-                # Outlined after resizing, so that edges are one pixel wide.
-                codes = outline(codes, views["instances"], len(self.pairs.classes))
+                # Outlined after resizing, so that all edges are equally wide.
+                codes = outline(codes, views["instances"], len(self.pairs.classes), self.edge_width)
             item["codes"] = torch.from_numpy(codes.astype(np.int64))
         return item
 
@@ -274,6 +318,11 @@ class TextToImage(nn.Module):
         else:
             self.config.update(base=str(base))
         self.check_size(size)
+
+    @property
+    def edge_width(self):
+        """Of the edges in the masks that it paints or is given, in pixels."""
+        return EDGE_WIDTH[self.vae is not None]
 
     def check_size(self, size):
         """Raises ValueError where the network cannot paint pictures of (H, W) pixels."""
@@ -349,10 +398,11 @@ class TextToImage(nn.Module):
 
     @torch.no_grad()
     def generate(self, captions, seeds, steps, guidance, sampler, size=None, extra=(), interval=ALWAYS,
-                 decode=None):
+                 decode=None, time_ids=None):
         """B captions and seeds -> x0 (B, 3, H, W). A sample depends on its own caption and seed alone.
 
-        extra: further arguments of forward; interval, decode: as in diffusion.denoiser.
+        extra: further arguments of forward; interval, decode: as in diffusion.denoiser; time_ids: six numbers
+        a sample, as in CaptionedPairs, by default those of an uncropped picture.
         """
         device = next(self.parameters()).device
         size = tuple(size or self.config["size"])
@@ -364,9 +414,8 @@ class TextToImage(nn.Module):
         def randn(_=None):  # the samplers pass x, whose shape is known here
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
         with self.autocast():
-            # SDXL gets the size and the crop of its picture as a condition: here an uncropped one.
-            time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=device)
-            time_ids = time_ids.expand(len(captions), -1)  # (B, 6)
+            time_ids = time_ids or [(*size, 0, 0, *size)] * len(captions)
+            time_ids = torch.tensor(time_ids, dtype=torch.float32, device=device)  # (B, 6)
             cond = self.encode_text(captions, device), time_ids, *extra
             uncond = self.encode_text([""] * len(captions), device), time_ids, *extra
             denoise = diffusion.denoiser(self, self.schedule, cond, uncond, guidance, interval, decode)
@@ -434,19 +483,21 @@ class Text2Mask(TextToImage):
 
     def loss(self, net, batch, drop=DROP):
         """Pixels: cross-entropy of the codes at a random noise level. SDXL: the diffusion loss of the colour
-        map's latents. A share `drop` of the captions is left out. net: this model, perhaps compiled or
-        wrapped for DDP."""
+        map's latents. A share `drop` of the captions is left out. net: this model, perhaps wrapped for
+        DDP."""
         codes = batch["codes"]                        # (B, H, W)
         x0 = self.colours[codes].permute(0, 3, 1, 2)  # (B, 3, H, W): here masks become colours
+        # Flat colours show through much noise, so train mostly there: 1 - u^2 is over a half for 7 of 10
+        # samples. The cosine schedule has sigma = 1 in its middle, SDXL's has 1.6.
+        u = torch.rand(len(codes), device=codes.device)
+        t = ((1 - u ** 2) * self.schedule.T).long().clamp(max=self.schedule.T - 1)
         if self.vae:
             keep = torch.rand(len(codes), device=codes.device) >= drop
             tokens = drop_captions(batch["tokens"], keep)
-            z0 = self.to_latents(x0)
-            return diffusion.loss(net, self.schedule, z0, tokens, batch["time_ids"])
-        # Flat colours show through much noise: train mostly there. The cosine schedule has sigma = 1 in its
-        # middle, and 1 - u^2 is over a half for 7 of 10 samples.
-        u = torch.rand(len(codes), device=codes.device)
-        t = ((1 - u ** 2) * self.schedule.T).long().clamp(max=self.schedule.T - 1)
+            z0 = self.to_latents(x0)  # (B, 4, h, w)
+            offset = torch.randn_like(z0[:, :, :1, :1])
+            noise = torch.randn_like(z0) + NOISE_OFFSET * offset
+            return diffusion.loss(net, self.schedule, z0, tokens, batch["time_ids"], t=t, noise=noise)
         x = self.schedule.add_noise(x0, torch.randn_like(x0), t)
         keep = torch.rand(len(codes), device=codes.device) >= drop
         tokens = drop_captions(batch["tokens"], keep)
@@ -461,14 +512,16 @@ class Text2Mask(TextToImage):
         return torch.einsum("bkhw,kc->bchw", logits.softmax(1), self.colours)
 
     def sample(self, captions, seeds, steps=STEPS["text2mask"][0], guidance=GUIDANCE["text2mask"][0],
-               sampler="dpm++", size=None, maps=False, interval=ALWAYS):
+               sampler="dpm++", size=None, maps=False, interval=ALWAYS, time_ids=None):
         """B captions and seeds -> (B, H, W) uint8 codes; with maps also the colour maps (B, H, W, 3) in
-        [0, 255] that they are read from. guidance, interval: as in diffusion.denoiser.
+        [0, 255] that they are read from. time_ids: as in `generate`; guidance, interval: as in
+        diffusion.denoiser.
 
-        A code is the likeliest colour of the last step; with SDXL, the colour nearest to the picture's.
+        A code is the likeliest colour of the last step; with SDXL, what `decode` reads in the picture.
         """
         if self.vae:
-            x0 = self.generate(captions, seeds, steps, guidance, sampler, size, interval=interval)
+            x0 = self.generate(captions, seeds, steps, guidance, sampler, size, interval=interval,
+                               time_ids=time_ids)
             K = len(self.config["classes"])
             codes = np.stack([decode(colours, K) for colours in to_pixels(x0)])
         else:
@@ -479,7 +532,7 @@ class Text2Mask(TextToImage):
                 last = logits  # (B, K + 2, H, W)
                 return self.expected_colours(logits)
             x0 = self.generate(captions, seeds, steps, guidance, sampler, size, interval=interval,
-                               decode=decode_logits)
+                               decode=decode_logits, time_ids=time_ids)
             codes = last.argmax(1).to(torch.uint8).cpu().numpy()
         colour_maps = (x0.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5
         return (codes, colour_maps) if maps else codes
@@ -574,11 +627,9 @@ def choose_size(args, pairs):
     """
     if args.size:
         return args.size
-    paths = [path for _, path in list_pairs(pairs.folder, masks=False)]
+    paths = PairFolder(pairs.folder, ("image",)).paths
     aspect = float(np.median([width / height for width, height in some_sizes(paths)]))
-    side, multiple = (768, 64) if args.sdxl else (64, 8)
-    height, width = side / aspect ** 0.5, side * aspect ** 0.5
-    return tuple(max(1, round(length / multiple)) * multiple for length in (height, width))
+    return fit_size(aspect, *((768, 64) if args.sdxl else (64, 8)))
 
 
 def find_weights(data, stage, given=None):
@@ -611,6 +662,8 @@ def sampler_flags(parser, stage, prefix=""):
              "SDXL 0 to 14.6)")
     add(f"--{prefix}sampler", choices=tuple(SAMPLERS), default="dpm++",
         help=f"of {what}; edm evaluates the network twice a step and adds fresh noise")
+    add(f"--{prefix}base", type=Path, help=f"folder of SDXL, or of a distilled SDXL, to paint {what} with "
+        "(default: the one of the training)")
 
 
 def choose_sampling(args, model, stage, prefix=""):
@@ -651,8 +704,11 @@ def fit_generator(model, loss, data, args, stage, picture, measure=None, followi
     if args.init and args.init != args.sdxl:  # SDXL's folder does not change: its name is enough
         settings["init"] += f" {diffusion.weights_hash(args.init)}"
 
-    keys = ("steps", "batch", "accumulate", "lr", "seed", "device", "compile", "workers", "save_every")
+    model.trained_on = dict(folder=str(data.pairs.folder), pairs=len(data))
+    keys = ("steps", "batch", "accumulate", "lr", "seed", "device", "workers", "save_every")
     loop = {key: getattr(args, key) for key in keys}
+    if args.compile:
+        networks.compile_blocks(model)
     if args.sdxl:
         loop.update(SDXL_LOOP)
         model.enable_checkpointing()
@@ -721,7 +777,8 @@ def train(args):
     torch.manual_seed(seed_of(args.seed, "weights"))
     model = new_model(args, pairs.classes, device)
     pairs.keep()
-    data = CaptionedPairs(pairs, args.size, model.text.tokenize)
+    data = CaptionedPairs(pairs, args.size, model.text.tokenize, edge_width=model.edge_width,
+                          sizes=painted_sizes(model, pairs, pairs.names))
     counts = count_codes(data, len(pairs.classes) + 2)
     if not model.vae:
         model.class_weights = class_weights(counts)
@@ -746,7 +803,7 @@ def train(args):
 def sample_mask(args):
     """Paint the mask of one caption -> OUT/{mask,colours,legend}.png."""
     device, _, _ = diffusion.setup(args.device)
-    model = diffusion.load(Text2Mask, find_weights("shapes", "text2mask", args.init), device)
+    model = diffusion.load(Text2Mask, find_weights("shapes", "text2mask", args.init), device, args.base)
     choose_sampling(args, model, "text2mask")
     classes = model.config["classes"]
     codes = model.sample([args.prompt], [seed_of(args.seed)], args.steps, args.guidance, args.sampler,

@@ -27,6 +27,7 @@ Dimension key: B batch, H W pixels, K classes, N targets.
 """
 import argparse
 import contextlib
+import copy
 import functools
 import io
 import itertools
@@ -58,24 +59,25 @@ from data.pairs import (CROWD, ROOT, FlagParser, PairFolder, category, check_cla
                         write_text)
 from diffusion import (RunFolder, accumulate_gradients, check_output, load_strict, peak_memory, precision,
                        seed_of, setup, weights_hash, wrap)
-from mask2former import (PRESETS, TASKS, Mask2Former, average_count, class_scores, final_predictions, load,
-                         postprocess, predict, save, targets, weight_files)
+from mask2former import (BLOCKS, PRESETS, TASKS, Mask2Former, average_count, class_scores, final_predictions,
+                         load, postprocess, predict, save, swin_name, targets, weight_files)
 
 # What a recipe decides. A flag of the same name overrides it.
 #   step_images  of all ranks and micro-batches together
 #   size   (H, W) of the training crops; None: the median of the real images
 #   sides  of evaluated images in the network: the shorter one's length, the longer one's limit; None: as is
 #   eval_every  steps between evaluations on val; 0: none before the end
+#   workers  processes that load data; 0: the training waits for each batch, for hours at paper scale
 RECIPES = {
     "tiny": dict(
         preset="tiny", steps=1000, step_images=8, lr=2e-3, clip=1.0, schedule="cosine", warmup=30,
-        size=None, sides=None, save_every=100, eval_every=250),
+        size=None, sides=None, save_every=100, eval_every=250, workers=0),
     "ade20k": dict(
         preset="resnet50", steps=160_000, step_images=16, lr=1e-4, clip=0.01, schedule="poly", warmup=0,
-        size=(512, 512), sides=(512, 2048), save_every=2000, eval_every=5000),
+        size=(512, 512), sides=(512, 2048), save_every=2000, eval_every=5000, workers=4),
     "coco": dict(
         preset="resnet50", steps=368_750, step_images=16, lr=1e-4, clip=0.01, schedule="steps", warmup=0,
-        size=(1024, 1024), sides=(800, 1333), save_every=2000, eval_every=25_000),
+        size=(1024, 1024), sides=(800, 1333), save_every=2000, eval_every=25_000, workers=4),
 }
 # What a training crop shows, in words
 CROPS = {
@@ -272,8 +274,8 @@ def train(model, batches, out, cfg, device, compile=False, workers=0, measure=No
             save(model, folder.out / "model.safetensors")
         return model.eval()
 
-    # Train the compiled and distributed net; save the plain model, whose key names are clean.
-    net = wrap(model, device, batches.world, compile)
+    # Train the compiled and distributed net; evaluate and save the plain model.
+    net = wrap(compile_blocks(model) if compile else model, device, batches.world)
     stream = load_steps(batches, first, steps, accumulate, device, workers)
     history, clock = [], time.time()
     bar = tqdm(range(first, steps), "train", initial=first, total=steps, disable=rank > 0, mininterval=1)
@@ -309,6 +311,17 @@ def train(model, batches, out, cfg, device, compile=False, workers=0, measure=No
                 folder.save(done)
             history, clock = [], time.time()
     return model.eval()
+
+
+def compile_blocks(model):
+    """A copy of a model, on the same parameters, whose repeated blocks are compiled. Equal blocks share the
+    code, so this takes less than half as long as compiling the whole network."""
+    shared = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    net = copy.deepcopy(model, shared)
+    for module in net.modules():
+        if isinstance(module, BLOCKS):
+            module.compile(dynamic=False)                             # all crops have one size
+    return net
 
 
 def load_steps(batches, first, steps, accumulate, device, workers):
@@ -751,10 +764,13 @@ def examples(model, splits, task, sides=None):
 
 # ---- the model ---------------------------------------------------------------------------------------------
 
-def build(classes, task="semantic", preset="tiny", seed=0, init=None, new_head=False):
+def build(classes, task="semantic", preset="tiny", seed=0, init=None, new_head=False, backbone=None,
+          queries=None):
     """A segmenter for these classes, new or from a checkpoint. One for instances knows the things alone.
 
     preset    of a new one: a name in mask2former.PRESETS. All but "tiny" get ImageNet weights
+    backbone  of a new one: the folder of a Swin as transformers stores it, instead of those weights
+    queries   of a new one; None: the preset's number
     init      a checkpoint of ours or a folder in transformers' format. Its classes must be these; spelling
               may differ, and for instance segmentation it may know all classes, as one for panoptic does
     new_head  they may be others: the classifier of `init` is replaced by a new one
@@ -764,8 +780,11 @@ def build(classes, task="semantic", preset="tiny", seed=0, init=None, new_head=F
     torch.manual_seed(seed_of(seed, "weights"))
     wanted = [c for c in classes if c["isthing"] or task != "instance"]
     if not init:
-        model = Mask2Former(**PRESETS[preset], **describe_outputs(wanted, task))
-        if preset != "tiny":
+        sizes = PRESETS[preset] | ({"queries": queries} if queries else {})
+        model = Mask2Former(**sizes, **describe_outputs(wanted, task))
+        if backbone:
+            model.backbone.load_folder(backbone)
+        elif preset != "tiny":
             model.backbone.load_imagenet()
         return model
 
@@ -874,7 +893,7 @@ def describe_filtered(counts, classes):
 
 def recipe_table():
     """The recipes' defaults as text, for -h."""
-    keys = "preset", "steps", "step_images", "lr", "size", "eval_every"
+    keys = "preset", "steps", "step_images", "lr", "size", "eval_every", "workers"
     rows = [["recipe", *keys]]
     for name, recipe in RECIPES.items():
         size = "x".join(map(str, recipe["size"][::-1])) if recipe["size"] else "data's"
@@ -899,6 +918,10 @@ def training_flags(description):
     add("--recipe", choices=tuple(RECIPES), default="tiny", help="augmentation, schedule and the defaults "
         "listed below (%(default)s)")
     add("--preset", choices=tuple(PRESETS), help="network")
+    add("--backbone", type=Path, metavar="FOLDER", help="a Swin as transformers stores it: it decides the "
+        "network, whose backbone starts with its weights instead of torchvision's")
+    add("--queries", type=positive, help="queries of the network; without it 40 for tiny, 200 for swin_l, "
+        "else 100")
     add("--size", type=picture_size, help="training crop: 512, or 240x192 for width x height. Except for "
         "coco, also the shorter side of evaluated images")
     add("--steps", type=positive, help="optimiser steps")
@@ -912,7 +935,7 @@ def training_flags(description):
     add("--limit-real", type=positive, help="use the first N real pairs only")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ...; without it a GPU if there is one")
     add("--compile", action="store_true", help="torch.compile, for CUDA")
-    add("--workers", type=number(int, 0), default=0, help="processes that load data (%(default)s)")
+    add("--workers", type=number(int, 0), help="processes that load data")
     add("--splits", nargs="+", help="splits to evaluate on; without it val, unseen and test if they exist")
     add("--eval-pairs", nargs="+", default=[], metavar="DIR", help="pair folders to evaluate on as well")
     return parser
@@ -939,11 +962,12 @@ def flags():
 
 # (flag, other, together): the flag does something only together with the other one, or only without it
 RULES = [("predictions", "eval_only", True), ("multi_scale", "eval_only", True), ("new_head", "init", True),
-         ("preset", "init", False), ("p_synth", "pretrain", False)]
+         ("p_synth", "pretrain", False), ("preset", "backbone", False)]
+RULES += [(flag, "init", False) for flag in ("preset", "backbone", "queries")]
 RULES += [("judge", "filter", True), ("filter", "judge", True), ("limit_real", "eval_only", False)]
 RULES += [(flag, other, False) for other in ("eval_only", "filter") for flag in (
-    "synth", "new_head", "preset", "steps", "batch", "accumulate", "lr", "p_synth", "pretrain", "compile",
-    "workers", "seed", "eval_every")]
+    "synth", "new_head", "preset", "backbone", "queries", "steps", "batch", "accumulate", "lr", "p_synth",
+    "pretrain", "compile", "workers", "seed", "eval_every")]
 RULES += [(flag, "filter", False) for flag in ("out", "init", "task", "splits", "eval_pairs", "eval_only")]
 
 
@@ -961,6 +985,10 @@ def parse(parser, argv):
                 raise ValueError(f"--{flag} has no effect without --{other}. Give both of them")
             raise ValueError(f"--{flag} has no effect with --{other}. Give one of them")
     args.device, args.rank, args.world = setup(args.device)
+    if args.backbone:
+        args.preset = swin_name(args.backbone / "config.json")
+    if args.workers is None:
+        args.workers = RECIPES[args.recipe]["workers"]
     args.sides = RECIPES[args.recipe]["sides"]
     if args.size and args.recipe != "coco":           # ADE20K: 512, 2048 for semantic; 640, 2560 for panoptic
         args.sides = min(args.size), 4 * min(args.size)
@@ -1020,7 +1048,7 @@ def settings(args, real, synth):
     """All that decides the result of a run, as JSON values: the recipe, the flags over it, the data."""
     recipe = RECIPES[args.recipe]
     cfg = recipe | {key: value for key, value in vars(args).items() if key in recipe and value is not None}
-    del cfg["eval_every"]                                             # decides nothing
+    del cfg["eval_every"], cfg["workers"]                             # decide nothing
     del cfg["step_images"]                                            # constant: see micro_batch
     cfg["batch"] = args.batch
     if cfg["size"] is None:                                           # up to the network's stride
@@ -1028,9 +1056,10 @@ def settings(args, real, synth):
         cfg["size"] = [-(-side // stride) * stride for side in median_size(real)]
     for key in ("recipe", "task", "accumulate", "p_synth", "pretrain", "seed", "world"):
         cfg[key] = getattr(args, key)
-    cfg["init"] = None
-    if args.init:
-        cfg["init"] = f"{args.init} {segmenter_hash(args.init)}"
+    if args.queries:
+        cfg["queries"] = args.queries
+    first = args.init or args.backbone
+    cfg["init"] = f"{first} {segmenter_hash(first)}" if first else None
     cfg["real"] = real.fingerprint()
     cfg["synth"] = [pairs.fingerprint() for pairs in synth]
     return cfg
@@ -1056,7 +1085,8 @@ def training_batches(cfg, real, synth=(), rank=0, class_ids=None):
 
 def train_segmenter(args, cfg, real, synth, out, measure=None, eval_every=0):
     """Build the segmenter of these settings and train it in the folder `out`."""
-    model = build(real.classes, cfg["task"], cfg["preset"], cfg["seed"], args.init, args.new_head)
+    model = build(real.classes, cfg["task"], cfg["preset"], cfg["seed"], args.init, args.new_head,
+                  args.backbone, args.queries)
     batches = training_batches(cfg, real, synth, args.rank, list_class_ids(model, real.classes))
     if args.rank == 0:
         print(describe_run(args, cfg, model, real, synth, out), flush=True)
@@ -1070,10 +1100,26 @@ def describe_run(args, cfg, model, real, synth, out):
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     images = micro_batch(cfg) * cfg["accumulate"] * cfg["world"]
     (h, w), (H, W) = cfg["size"], median_size(real)
-    return (f"{out}: {pairs}\n"
-            f"{args.device}, {precision(args.device)}, {model.config['backbone']} of {millions:.1f} M "
-            f"parameters, {cfg['steps']} steps of {images} images\n"
-            f"crops of {w} x {h}, {CROPS[cfg['recipe']]} (which is about {W} x {H})")
+    return "\n".join([
+        f"{out}: {pairs}",
+        f"{args.device}, {precision(args.device)}, {model.config['backbone']} of {millions:.1f} M "
+        f"parameters, {cfg['steps']} steps of {images} images",
+        f"crops of {w} x {h}, {CROPS[cfg['recipe']]} (which is about {W} x {H})",
+        *describe_leaks(real, synth)])
+
+
+def describe_leaks(real, synth):
+    """A line for each synthetic folder whose generators were trained on more pairs than this training gets:
+    through it the training learns from the others too."""
+    lines = []
+    for pairs in synth:
+        path = pairs.folder / "meta.json"
+        meta = read_json(path) if path.is_file() else {}
+        seen = max(meta.get(f"{stage}_pairs") or 0 for stage in ("text2mask", "mask2img"))
+        if seen > len(real):
+            lines.append(f"{pairs.folder}: its generators were trained on {seen} pairs, but this training "
+                         f"gets {len(real)} of {real.folder}: the other {seen - len(real)} leak in")
+    return lines
 
 
 def evaluate_splits(args, model, splits, predictions=None, multi_scale=False):

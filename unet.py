@@ -1136,6 +1136,16 @@ def check_sdxl(folder):
                          f"{latents}. Give a UNet for this VAE.")
 
 
+def compile_blocks(net):
+    """torch.compile the residual and transformer blocks of a network, in place. They repeat, so a few
+    compilations serve all of them, where the whole network would take minutes. Call it before
+    `enable_checkpointing`."""
+    torch._dynamo.config.recompile_limit = 64  # SDXL's residual blocks have 12 shapes, the default is 8
+    for module in net.modules():
+        if isinstance(module, (ResnetBlock, TransformerBlock)):
+            module.forward = torch.compile(module.forward)
+
+
 # ---- the sizes and shapes of every preset ------------------------------------------------------------------
 
 def build(preset):

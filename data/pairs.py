@@ -38,6 +38,7 @@ import sys
 import textwrap
 import time
 import unicodedata
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
@@ -55,6 +56,12 @@ FONT = ImageFont.load_default(12)
 
 # ---- colours -----------------------------------------------------------------------------------------------
 
+def palette_levels(K):
+    """The base b of the palette of K classes, and the step between two of the b levels of a channel."""
+    base = next(b for b in range(2, 7) if b ** 3 >= K + 2)
+    return base, round(255 / (base - 1))
+
+
 def palette(K):
     """The colours of K classes: (K + 2, 3) uint8 for the codes 0 void, 1..K classes, K + 1 edge.
 
@@ -63,20 +70,23 @@ def palette(K):
     """
     if not 1 <= K <= MAX_CLASSES:
         raise ValueError(f"{K} classes: the palette has colours for 1 to {MAX_CLASSES}. Merge or remove some")
-    base = next(b for b in range(2, 7) if b ** 3 >= K + 2)
-    step = round(255 / (base - 1))
+    base, step = palette_levels(K)
     code = np.arange(K + 2)
     green, red, blue = code // base ** 2, code // base % base, code % base
     return np.minimum(step * np.stack([red, green, blue], 1), 255).astype(np.uint8)
 
 
-def outline(ids, instances, K):
+def outline(ids, instances, K, width=1):
     """(H, W) class ids and instances -> codes. A pixel whose right or lower neighbour belongs to another
-    segment becomes edge."""
+    segment becomes edge. width: of the edges in pixels, odd; they grow to both sides."""
     segment = ids.astype(np.int64) * 256 + instances
     edge = np.zeros(ids.shape, bool)
     edge[:, :-1] |= segment[:, :-1] != segment[:, 1:]
     edge[:-1] |= segment[:-1] != segment[1:]
+    for _ in range(width // 2):  # a pixel more on every side
+        edge = np.pad(edge, 1)
+        edge = edge[:-2] | edge[1:-1] | edge[2:]
+        edge = edge[:, :-2] | edge[:, 1:-1] | edge[:, 2:]
     return np.where(edge, K + 1, ids).astype(np.uint8)
 
 
@@ -132,23 +142,31 @@ def has_left_or_right(classes):
     return any({"left", "right"} & set(re.findall("[a-z]+", c["name"].lower())) for c in classes)
 
 
-def list_files(folder, endings):
-    """{name without ending: path} of a folder's files with one of these endings, sorted, none hidden."""
-    paths = [path for path in Path(folder).glob("[!.]*") if path.suffix.lower() in endings]
+def list_names(folder, endings):
+    """{name without ending: name} of a folder's files with one of these endings, sorted, none hidden."""
     files = {}
-    for path in sorted(paths, key=lambda path: (path.stem, path.suffix)):
-        if path.stem in files:
-            raise ValueError(f"{folder}: {files[path.stem].name} and {path.name} have one name. Remove one")
-        files[path.stem] = path
-    return files
+    for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        name, dot, ending = file.rpartition(".")
+        if dot + ending.lower() not in endings or file.startswith("."):
+            continue
+        if name in files:
+            raise ValueError(f"{folder}: {files[name]} and {file} have one name. Remove one")
+        files[name] = file
+    return dict(sorted(files.items()))
 
 
-def list_partners(folders):
+def list_files(folder, endings):
+    """`list_names` with paths: {name without ending: path}. A path takes ten times the memory of a name."""
+    return {name: Path(folder, file) for name, file in list_names(folder, endings).items()}
+
+
+def list_partners(folders, list_folder=list_files):
     """{folder: endings} -> [{name: path}, ...], one for each folder.
 
-    Raises ValueError unless all folders hold the same names.
+    list_folder: list_names gives names of files instead of paths. Raises ValueError unless all folders hold
+    the same names.
     """
-    listing = {folder: list_files(folder, endings) for folder, endings in folders.items()}
+    listing = {folder: list_folder(folder, endings) for folder, endings in folders.items()}
     first, *others = listing
     for other in others:
         for name in sorted(listing[first].keys() ^ listing[other].keys()):
@@ -170,7 +188,7 @@ def remedy(folder, name, endings):
 
 
 def list_pairs(folder, masks=True):
-    """[(name, image path)] of a pair folder, sorted by name: the order that "the first N pairs" means.
+    """The names of a pair folder's image files, sorted without endings: the order of "the first N pairs".
 
     With masks, every image must have its mask (and its instance map, where there are any) and the other way
     round. Raises ValueError.
@@ -185,10 +203,10 @@ def list_pairs(folder, masks=True):
         folders[folder / "masks"] = (".png",)
     if masks and (folder / "instances").is_dir():
         folders[folder / "instances"] = (".png",)
-    images = list_partners(folders)[0]
+    images = list_partners(folders, list_names)[0]
     if not images:
         raise ValueError(f"{folder / 'images'}: no .png or .jpg images. Prepare or sample this set first")
-    return list(images.items())
+    return list(images.values())
 
 
 @contextlib.contextmanager
@@ -281,6 +299,27 @@ def print_once(text):
     print(text)
 
 
+class FileNames(Sequence):
+    """An array of file names, as bytes -> the sequence of what make(name) returns, made when it is read.
+
+    A list of a million strings or paths takes 100 to 500 MB, and again as much in every worker process: to
+    read an object changes its count of references, which copies the memory that the processes share.
+    """
+
+    def __init__(self, files, make):
+        self.files, self.make = files, make
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        return self.make(os.fsdecode(self.files[i]))
+
+
+def without_ending(file):
+    return file.rpartition(".")[0]
+
+
 class PairFolder:
     """A pair folder, opened for reading.
 
@@ -297,10 +336,12 @@ class PairFolder:
     def __init__(self, folder, parts=("image", "ids", "instances"), start=0, limit=None):
         self.folder = Path(folder)
         self.parts = [part for part in CHANNELS if part in parts]
-        pairs = list_pairs(folder, "ids" in parts)[start:][:limit]
-        if not pairs:
+        files = list_pairs(folder, "ids" in parts)[start:][:limit]
+        if not files:
             raise ValueError(f"{folder}: no pairs are left after the first {start}. Use fewer of them")
-        self.names, self.paths = [name for name, _ in pairs], [path for _, path in pairs]
+        files = np.array([os.fsencode(file) for file in files])
+        self.paths = FileNames(files, functools.partial(Path, self.folder, "images"))
+        self.names = FileNames(files, without_ending)
         self.classes = read_classes(folder) if "ids" in parts else []
         self.has_instances = (self.folder / "instances").is_dir()
         self.memory = None
@@ -389,7 +430,7 @@ class PairFolder:
         Of real data: the contents of masks, instances, captions and classes.json, images by name and size. Of
         a synthetic folder: meta.json, which says what made it, and the names.
         """
-        digests = {"names": hashlib.sha256(repr(self.names).encode())}
+        digests = {"names": hashlib.sha256(repr(list(self.names)).encode())}
         meta = self.folder / "meta.json"
         for path in [meta] if meta.is_file() else self.files():
             part = path.name if path.parent == self.folder else path.parent.name
@@ -461,7 +502,7 @@ def atomic_write(path):
     """Yield a temporary path that replaces `path` at the end: the file is complete or not there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".tmp{os.urandom(8).hex()}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -485,10 +526,10 @@ def write_json(path, content):
 
 
 def write_picture(path, picture):
-    """A PIL picture or a uint8 array -> a PNG."""
+    """A PIL picture or a uint8 array -> a file of the kind that its ending says: .png or .jpg."""
     picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     with atomic_write(path) as temporary:
-        picture.save(temporary, "PNG")
+        picture.save(temporary, quality=95, subsampling=0)  # 0: 4:4:4. PNG, without loss, passes over both
 
 
 def write_mask(path, ids, K):
@@ -512,14 +553,15 @@ def write_captions(folder, name, captions):
     write_text(Path(folder) / "captions" / f"{name}.txt", "\n".join(captions) + "\n")
 
 
-def write_pair(folder, name, image, ids=None, instances=None, captions=(), K=None):
+def write_pair(folder, name, image, ids=None, instances=None, captions=(), K=None, ending=".png"):
     """Write one pair: captions, instances, mask, then the image. An image that exists means a complete pair.
 
-    image      (H, W, 3) uint8 or a PIL picture, saved as PNG; or the path of a file, which is linked
+    image      (H, W, 3) uint8 or a PIL picture; or the path of a file, which is linked
     ids        (H, W) uint8 class ids of K classes; None for images without masks
     instances  (H, W) uint8 or None. Give them only where the data has instances: readers take an existing
                instances/ as "every pair has a map in it".
     captions   lines of text
+    ending     of the image's file, for arrays and PIL pictures: .png or .jpg
     """
     folder = Path(folder)
     if captions:
@@ -531,7 +573,7 @@ def write_pair(folder, name, image, ids=None, instances=None, captions=(), K=Non
     if isinstance(image, (str, Path)):
         link(image, folder / "images" / f"{name}{Path(image).suffix}")
     else:
-        write_picture(folder / "images" / f"{name}.png", image)
+        write_picture(folder / "images" / f"{name}{ending}", image)
 
 
 def unfinished(folder):
@@ -621,7 +663,7 @@ def contact_sheet(rows, captions=(), classes=(), title="", columns=8):
     for i in range(count):
         x, y = left + i % columns * (width + 4), top + i // columns * block
         for name, pictures in rows.items():
-            sheet.paste(Image.fromarray(pictures[i]).resize((width, height), resampling), (x, y))
+            sheet.paste(ImageOps.contain(Image.fromarray(pictures[i]), (width, height), resampling), (x, y))
             if i % columns == 0:
                 draw.text((4, y + height // 2 - 8), name, "black", FONT)
             y += row_height

@@ -1,0 +1,71 @@
+"""Do synthetic images repeat training photos? Each one's distance to the nearest of them.
+
+Images are compared as thumbnails, so that a copy with other details counts as a copy: the distance is the
+root mean square of their difference, in grey levels. Photos of val, which no generator saw, show what
+distance is natural. A generator that memorises paints images that are nearer to a training photo than those
+of val are. ImgSyn's images are nearer too, to the photo of their own mask, whose layout they share.
+
+Reads:   --pairs, a synthetic folder; the train split of --data, or another one that the generators saw; val.
+Writes:  --out: a picture of the synthetic images that are nearest to a photo, each beside it.
+Needs:   data/pairs.py.
+
+    python bench/nearest.py --data shapes --pairs out/shapes/masksyn
+
+Dimension key: N images, P values of a thumbnail.
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.pairs import FlagParser, PairFolder, contact_sheet, find_split, number, run, write_picture
+
+SIDE = 16    # of a thumbnail
+CLOSE = 5    # % of val's photos are nearer than what is called close
+SHOWN = 16
+
+
+def thumbnails(pairs):
+    """A PairFolder of images -> (N, P) float32."""
+    small = [Image.fromarray(pairs.read(i)["image"]).resize((SIDE, SIDE), Image.Resampling.BOX)
+             for i in range(len(pairs))]
+    return np.stack(small).astype(np.float32).reshape(len(small), -1)
+
+
+def nearest(images, photos):
+    """(N, P), (M, P) -> the distance (N,) of each image to the nearest photo, and which it is (N,)."""
+    squares = (images ** 2).sum(1)[:, None] - 2 * images @ photos.T + (photos ** 2).sum(1)
+    which = squares.argmin(1)
+    return np.sqrt(((images - photos[which]) ** 2).mean(1)), which
+
+
+def main(argv=None):
+    parser = FlagParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--data", default="shapes", help="NAME (data/NAME) or a folder with train/ and val/")
+    add("--split", default="train", help="the photos that the generators saw")
+    add("--limit", type=number(int, 1), help="the first N of them only")
+    add("--pairs", type=Path, required=True, help="a synthetic pair folder")
+    add("--out", type=Path, default=Path("out/nearest.png"), help="the picture")
+    args = parser.parse_args(argv)
+    seen = PairFolder(find_split(args.data, args.split), ("image",), limit=args.limit)
+    photos, synthetic = thumbnails(seen), PairFolder(args.pairs, ("image",))
+    natural, _ = nearest(thumbnails(PairFolder(find_split(args.data, "val"), ("image",))), photos)
+    distance, which = nearest(thumbnails(synthetic), photos)
+    limit = np.percentile(natural, CLOSE)
+    for name, values in (("val", natural), (str(args.pairs), distance)):
+        low, middle = np.percentile(values, (CLOSE, 50))
+        share = 100 * (values < limit).mean()
+        print(f"{name}: {low:.1f} grey levels at {CLOSE} %, {middle:.1f} at 50 %; {share:.1f} % are "
+              f"nearer to a photo than {limit:.1f}")
+    closest = distance.argsort()[:SHOWN]
+    rows = {"synthetic": [synthetic.read(i)["image"] for i in closest],
+            "photo": [seen.read(which[i])["image"] for i in closest]}
+    write_picture(args.out, contact_sheet(rows, [f"{distance[i]:.1f}" for i in closest]))
+    print(f"{args.out}: the nearest of them, each above its photo")
+
+
+if __name__ == "__main__":
+    run(main)
