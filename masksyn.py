@@ -140,15 +140,8 @@ def synthesize(args, out, counts, make, classes, meta, sizes=None, title="", rep
             if (name := pair_name(job)) not in complete:
                 write_pair(out, name, K=len(classes), ending=".jpg" if args.jpeg else ".png", **pair)
         bar.update(len(jobs))
-    # A thread writes a batch while the next is made. result() waits for it, and raises its error here.
-    with ThreadPoolExecutor(1) as writer:
-        writing = writer.submit(write, [], [])  # nothing yet
-        for n, jobs in enumerate(todo):
-            # A batch is made as one even where some of its pairs exist: the same batch gives the same bytes.
-            pairs = make(jobs) if n else first
-            writing.result()
-            writing = writer.submit(write, jobs, pairs)
-        writing.result()
+    # A batch is made as one even where some of its pairs exist: the same batch gives the same bytes.
+    call_in_background(write, ((jobs, make(jobs) if n else first) for n, jobs in enumerate(todo)))
     bar.close()
     if world > 1:
         dist.barrier()
@@ -156,6 +149,18 @@ def synthesize(args, out, counts, make, classes, meta, sizes=None, title="", rep
         pairs = PairFolder(out, ("image",))  # of complete pairs: other parts may be writing masks now
         draw_samples(pairs, classes, title)
         print(f"{out}: {len(pairs)} pairs; look at {out / 'samples.png'}")
+
+
+def call_in_background(function, arguments):
+    """Call function(*a) for each a of an iterator in a thread, while the iterator makes the next one."""
+    with ThreadPoolExecutor(1) as thread:
+        last = None
+        for a in arguments:
+            if last:
+                last.result()  # waits, and raises the error of the thread here
+            last = thread.submit(function, *a)
+        if last:
+            last.result()
 
 
 def draw_samples(pairs, classes, title="", count=24):
