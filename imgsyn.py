@@ -18,13 +18,12 @@ from pathlib import Path
 import numpy as np
 
 import diffusion
-import unet as networks
 from data.pairs import FlagParser, PairFolder, check_classes, dataset_name, find_split, read_json, run
 from diffusion import seed_of
 from mask2img import Mask2Img
-from masksyn import (choose_captions, describe, find_generators, limit_sources, paint, synthesis_flags,
-                     synthesize)
-from text2mask import ResizeCrop, choose_sampling, painted_size, painted_sizes
+from masksyn import (choose_captions, describe, find_generators, limit_sources, load_generator, paint,
+                     synthesis_flags, synthesize)
+from text2mask import ResizeCrop, painted_size, painted_sizes
 
 
 def count_images(path, sources, names, per_mask):
@@ -64,11 +63,8 @@ def main(argv=None):
     counts = dict.fromkeys(sources, args.per_source)
     if args.hardness:  # masks that get equally many images are neighbours then, so batches stay full
         counts = count_images(args.hardness, sources, pairs.names, args.per_source)
-    mask2img = diffusion.load(Mask2Img, path, device, args.base)
-    if args.compile:
-        networks.compile_blocks(mask2img)
+    mask2img = load_generator(Mask2Img, path, args, device, "mask2img")
     check_classes(mask2img.config["classes"], pairs.classes, path)
-    choose_sampling(args, mask2img, "mask2img")
 
     def read_mask(source, k):
         """A human mask as Mask2Img paints it, another crop for each k -> class ids and instances, both (H, W)

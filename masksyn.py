@@ -95,7 +95,7 @@ def describe(args, fingerprint, **checkpoints):
         meta[f"{name}_weights"] = diffusion.weights_hash(path)
         trained_on = diffusion.read_header(path).get("trained_on")
         if trained_on:
-            meta[f"{name}_pairs"] = trained_on["pairs"]
+            meta[f"{name}_pairs"] = trained_on
     return meta | {"source": fingerprint}
 
 
@@ -260,16 +260,20 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+def load_generator(Model, path, args, device, stage, prefix=""):
+    """The Text2Mask or Mask2Img (stage) of a checkpoint, ready to paint as the flags say."""
+    model = diffusion.load(Model, path, device, getattr(args, f"{prefix}base"))
+    if args.compile:
+        diffusion.compile_blocks(model, networks.BLOCKS)
+    choose_sampling(args, model, stage, prefix)
+    return model
+
+
 def load_generators(args, device, need_data=True):
     """Text2Mask, Mask2Img and {stage: path of its weights}. Raises ValueError where they do not fit."""
     paths = find_generators(args, ("text2mask", "mask2img"), need_data)
-    text2mask = diffusion.load(Text2Mask, paths["text2mask"], device, args.mask_base)
-    mask2img = diffusion.load(Mask2Img, paths["mask2img"], device, args.base)
-    if args.compile:
-        networks.compile_blocks(text2mask)
-        networks.compile_blocks(mask2img)
-    choose_sampling(args, text2mask, "text2mask", "mask_")
-    choose_sampling(args, mask2img, "mask2img")
+    text2mask = load_generator(Text2Mask, paths["text2mask"], args, device, "text2mask", "mask_")
+    mask2img = load_generator(Mask2Img, paths["mask2img"], args, device, "mask2img")
     first, second = text2mask.config, mask2img.config
     check_classes(second["classes"], first["classes"], paths["mask2img"])
     if second["size"] != first["size"]:

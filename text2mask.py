@@ -491,16 +491,15 @@ class Text2Mask(TextToImage):
         # samples. The cosine schedule has sigma = 1 in its middle, SDXL's has 1.6.
         u = torch.rand(len(codes), device=codes.device)
         t = ((1 - u ** 2) * self.schedule.T).long().clamp(max=self.schedule.T - 1)
+        z0 = self.to_latents(x0)                      # SDXL: (B, 4, h, w); else x0
+        noise = torch.randn_like(z0)
         if self.vae:
-            keep = torch.rand(len(codes), device=codes.device) >= drop
-            tokens = drop_captions(batch["tokens"], keep)
-            z0 = self.to_latents(x0)  # (B, 4, h, w)
-            offset = torch.randn_like(z0[:, :, :1, :1])
-            noise = torch.randn_like(z0) + NOISE_OFFSET * offset
-            return diffusion.loss(net, self.schedule, z0, tokens, batch["time_ids"], t=t, noise=noise)
-        x = self.schedule.add_noise(x0, torch.randn_like(x0), t)
+            noise = noise + NOISE_OFFSET * torch.randn_like(z0[:, :, :1, :1])
         keep = torch.rand(len(codes), device=codes.device) >= drop
         tokens = drop_captions(batch["tokens"], keep)
+        if self.vae:
+            return diffusion.loss(net, self.schedule, z0, tokens, batch["time_ids"], t=t, noise=noise)
+        x = self.schedule.add_noise(x0, noise, t)
         logits = net(x, t, tokens, batch["time_ids"]).float()  # (B, K + 2, H, W)
         # Weight rare classes up in the loss, and add log(weight) to the logits so that the optimum is still
         # the true class probability (logit adjustment, 2007.07314).
@@ -519,20 +518,18 @@ class Text2Mask(TextToImage):
 
         A code is the likeliest colour of the last step; with SDXL, what `decode` reads in the picture.
         """
+        last = None  # the logits of the sampler's last call: they give the codes
+
+        def decode_logits(logits):
+            nonlocal last
+            last = logits  # (B, K + 2, H, W)
+            return self.expected_colours(logits)
+        x0 = self.generate(captions, seeds, steps, guidance, sampler, size, interval=interval,
+                           decode=None if self.vae else decode_logits, time_ids=time_ids)
         if self.vae:
-            x0 = self.generate(captions, seeds, steps, guidance, sampler, size, interval=interval,
-                               time_ids=time_ids)
             K = len(self.config["classes"])
             codes = np.stack([decode(colours, K) for colours in to_pixels(x0)])
         else:
-            last = None  # the logits of the sampler's last call: they give the codes
-
-            def decode_logits(logits):
-                nonlocal last
-                last = logits  # (B, K + 2, H, W)
-                return self.expected_colours(logits)
-            x0 = self.generate(captions, seeds, steps, guidance, sampler, size, interval=interval,
-                               decode=decode_logits, time_ids=time_ids)
             codes = last.argmax(1).to(torch.uint8).cpu().numpy()
         colour_maps = (x0.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5
         return (codes, colour_maps) if maps else codes
@@ -704,11 +701,11 @@ def fit_generator(model, loss, data, args, stage, picture, measure=None, followi
     if args.init and args.init != args.sdxl:  # SDXL's folder does not change: its name is enough
         settings["init"] += f" {diffusion.weights_hash(args.init)}"
 
-    model.trained_on = dict(folder=str(data.pairs.folder), pairs=len(data))
+    model.trained_on = len(data)
     keys = ("steps", "batch", "accumulate", "lr", "seed", "device", "workers", "save_every")
     loop = {key: getattr(args, key) for key in keys}
     if args.compile:
-        networks.compile_blocks(model)
+        diffusion.compile_blocks(model, networks.BLOCKS)
     if args.sdxl:
         loop.update(SDXL_LOOP)
         model.enable_checkpointing()

@@ -57,8 +57,8 @@ from data.pairs import (CROWD, ROOT, FlagParser, PairFolder, category, check_cla
                         image_id, link, number, outline, palette, picture_size, read_json, remove_temporary,
                         run, some_sizes, spread, unfinished, write_json, write_mask, write_picture,
                         write_text)
-from diffusion import (RunFolder, accumulate_gradients, check_output, load_strict, peak_memory, precision,
-                       seed_of, setup, weights_hash, wrap)
+from diffusion import (RunFolder, accumulate_gradients, check_output, compile_blocks, load_strict,
+                       peak_memory, precision, seed_of, setup, weights_hash, wrap)
 from mask2former import (BLOCKS, PRESETS, TASKS, Mask2Former, average_count, class_scores, final_predictions,
                          load, postprocess, predict, save, swin_name, targets, weight_files)
 
@@ -275,7 +275,7 @@ def train(model, batches, out, cfg, device, compile=False, workers=0, measure=No
         return model.eval()
 
     # Train the compiled and distributed net; evaluate and save the plain model.
-    net = wrap(compile_blocks(model) if compile else model, device, batches.world)
+    net = wrap(compiled_copy(model) if compile else model, device, batches.world)
     stream = load_steps(batches, first, steps, accumulate, device, workers)
     history, clock = [], time.time()
     bar = tqdm(range(first, steps), "train", initial=first, total=steps, disable=rank > 0, mininterval=1)
@@ -313,14 +313,12 @@ def train(model, batches, out, cfg, device, compile=False, workers=0, measure=No
     return model.eval()
 
 
-def compile_blocks(model):
+def compiled_copy(model):
     """A copy of a model, on the same parameters, whose repeated blocks are compiled. Equal blocks share the
     code, so this takes less than half as long as compiling the whole network."""
     shared = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
     net = copy.deepcopy(model, shared)
-    for module in net.modules():
-        if isinstance(module, BLOCKS):
-            module.compile(dynamic=False)                             # all crops have one size
+    compile_blocks(net, BLOCKS, dynamic=False)              # all crops have one size
     return net
 
 

@@ -198,6 +198,9 @@ class TransformerBlock(nn.Module):
         return x + self.ff["net"](self.norm3(x))
 
 
+BLOCKS = ResnetBlock, TransformerBlock  # what the networks repeat, for checkpointing and torch.compile
+
+
 class Transformer(nn.Module):
     """`depth` transformer blocks over the pixels of (B, C, H, W)."""
 
@@ -386,7 +389,7 @@ class Encoder(nn.Module):
         """Gradient checkpointing, less memory for a third more time: residual and transformer blocks keep
         only their inputs, and run again in backward. Returns self."""
         for module in self.modules():
-            if isinstance(module, (ResnetBlock, TransformerBlock)):
+            if isinstance(module, BLOCKS):
                 module.forward = functools.partial(
                     checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
         return self
@@ -1134,16 +1137,6 @@ def check_sdxl(folder):
     if channels != latents:
         raise ValueError(f"{folder}: the UNet's in_channels is {channels}, the VAE's latent_channels is "
                          f"{latents}. Give a UNet for this VAE.")
-
-
-def compile_blocks(net):
-    """torch.compile the residual and transformer blocks of a network, in place. They repeat, so a few
-    compilations serve all of them, where the whole network would take minutes. Call it before
-    `enable_checkpointing`."""
-    torch._dynamo.config.recompile_limit = 64  # SDXL's residual blocks have 12 shapes, the default is 8
-    for module in net.modules():
-        if isinstance(module, (ResnetBlock, TransformerBlock)):
-            module.forward = torch.compile(module.forward)
 
 
 # ---- the sizes and shapes of every preset ------------------------------------------------------------------

@@ -104,7 +104,7 @@ def time_training(args, what, model, batch, accumulate=1, compile=False):
     """Train a generator by diffusion.fit."""
     name = f"{what}, {batch} x {accumulate} x {model.config['size'][0]} px"
     if compile:
-        networks.compile_blocks(model)
+        diffusion.compile_blocks(model, networks.BLOCKS)
     if model.vae:
         model.enable_checkpointing()
     pairs = RandomPairs(model.config["size"], model.text.tokenize, args.device)
@@ -162,7 +162,7 @@ def generators(args, folder):
         model.to(memory_format=torch.channels_last)
         time_sampling(args, f"{name}, {steps}, channels_last", model, args.batch, **plain)
         if args.compile:
-            networks.compile_blocks(model)
+            diffusion.compile_blocks(model, networks.BLOCKS)
             time_sampling(args, f"{name}, {steps}, channels_last, compiled", model, args.batch, **plain)
             time_sampling(args, f"{name}, 4 steps, channels_last, compiled", model, args.batch, **fast)
         del model

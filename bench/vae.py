@@ -6,7 +6,7 @@ before you train: a class that does not survive is not learned.
 
 Reads:   a split of --data; SDXL's public folder, of which only vae/ is needed.
 Writes:  --out: a picture of masks before and after.
-Needs:   diffusion.py, unet.py, text2mask.py, data/pairs.py.
+Needs:   diffusion.py, unet.py, text2mask.py, mask2former.py, train.py, data/pairs.py.
 
     python bench/vae.py --data ade20k --sdxl sdxl
 
@@ -23,9 +23,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import diffusion
 import unet as networks
-from data.pairs import (CROWD, FlagParser, PairFolder, contact_sheet, find_split, number, outline, palette,
+from data.pairs import (FlagParser, PairFolder, contact_sheet, find_split, number, outline, palette,
                         run, spread, write_picture)
 from text2mask import EDGE_WIDTH, MIN_REGION, ResizeCrop, decode, fit_size, segments, to_pixels
+from train import PanopticQuality
 
 SIDE = 768   # pixels: the side of a square with as many as the masks get
 SHOWN = 16
@@ -39,19 +40,12 @@ def through_vae(vae, codes, K):
         return decode(to_pixels(vae.decode(vae.encode(x)))[0], K)
 
 
-def compare(ids, instances, found_ids, found_instances):
-    """A mask and what came back, all (H, W) -> what is counted of them."""
+def compare(ids, found_ids):
+    """A mask and what came back, both (H, W) -> what is counted of their classes."""
     classes, found_classes = ({*np.unique(a)} - {0} for a in (ids, found_ids))
     counts = Counter(masks=1, pixels=(ids > 0).sum(), right=((ids == found_ids) & (ids > 0)).sum(),
                      classes=len(classes), lost=len(classes - found_classes),
                      ghosts=len(found_classes - classes))
-    for n in {*np.unique(instances)} - {0, CROWD}:
-        inside = instances == n
-        k = ids[inside][0]
-        overlap = np.bincount(found_instances[inside & (found_ids == k)], minlength=1)
-        best = found_instances == overlap.argmax()
-        counts["instances"] += 1
-        counts["again"] += overlap.max() > 0.5 * (inside | best & (found_ids == k)).sum()
     return counts
 
 
@@ -69,7 +63,8 @@ def main(argv=None):
     pairs = PairFolder(find_split(args.data, args.split), ("ids", "instances"))
     vae = networks.read_part(networks.VAE, args.sdxl / "vae", device)
     K, isthing = len(pairs.classes), [c["isthing"] for c in pairs.classes]
-    counts, before, after = Counter(), [], []
+    counts, matches = Counter(), PanopticQuality(pairs.classes)
+    before, after = [], []
     for i in tqdm(spread(len(pairs), args.limit), "masks"):
         pair = pairs.read(i)
         height, width = pair["ids"].shape
@@ -78,7 +73,9 @@ def main(argv=None):
         codes = outline(ids, instances, K, EDGE_WIDTH[1]) if pairs.has_instances else ids
         torch.manual_seed(i)  # the VAE draws a sample of its latents
         again = through_vae(vae, codes, K)
-        counts += compare(ids, instances, *segments(again, isthing, MIN_REGION[1]))
+        found = segments(again, isthing, MIN_REGION[1])
+        counts += compare(ids, found[0])
+        matches.add(found, (ids, instances))
         if len(before) < SHOWN:
             before.append(palette(K)[codes])
             after.append(palette(K)[again])
@@ -86,8 +83,9 @@ def main(argv=None):
     print(f"pixels of the right class   {100 * counts['right'] / counts['pixels']:.2f} %")
     print(f"classes lost                {100 * counts['lost'] / counts['classes']:.2f} %")
     print(f"classes that were not there {counts['ghosts'] / counts['masks']:.2f} a mask")
-    if counts["instances"]:
-        print(f"instances found again       {counts['again']} of {counts['instances']}, with an IoU over 0.5")
+    if pairs.has_instances:
+        _, again, _, missed = matches.counts[:, matches.isthing].sum(1).astype(int)
+        print(f"instances found again       {again} of {again + missed}, with an IoU over 0.5")
     write_picture(args.out, contact_sheet({"mask": before, "read": after}, (), pairs.classes))
     print(f"{args.out}: masks, and what was read before cleaning")
 

@@ -145,14 +145,15 @@ def has_left_or_right(classes):
 def list_names(folder, endings):
     """{name without ending: name} of a folder's files with one of these endings, sorted, none hidden."""
     files = {}
-    for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+    listed = os.listdir(folder) if os.path.isdir(folder) else []
+    for file in sorted(listed, key=lambda file: file.rpartition(".")):  # by name, then by ending
         name, dot, ending = file.rpartition(".")
         if dot + ending.lower() not in endings or file.startswith("."):
             continue
         if name in files:
             raise ValueError(f"{folder}: {files[name]} and {file} have one name. Remove one")
         files[name] = file
-    return dict(sorted(files.items()))
+    return files
 
 
 def list_files(folder, endings):
