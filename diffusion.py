@@ -1,4 +1,4 @@
-"""Diffusion without a network: the noising process, its loss, guidance, samplers, and one training loop.
+"""Diffusion for any network: noising, its loss, guidance, samplers, and a training loop that can be resumed.
 
 Data x0 is noised to x_t = a_t x0 + s_t noise with a_t^2 + s_t^2 = 1. A network sees (x_t, t) and predicts x0,
 the noise, or a mix of both (v). Samplers walk x = x_t / a_t = x0 + sigma noise while sigma = s_t / a_t falls
@@ -121,19 +121,19 @@ class Schedule:
         a, s = self.scales(t, x0.ndim)
         return a * noise - s * x0
 
-    def to_x0(self, out, x, sigma):
-        """The network's output at x (unit variance) and noise level sigma (a float) -> x0."""
+    def to_x0(self, out, x_t, sigma):
+        """The network's output at x_t and noise level sigma (a float) -> x0."""
         if self.prediction == "sample":
             return out
         a = 1 / math.sqrt(1 + sigma ** 2)
         s = sigma * a
-        return (x - s * out) / a if self.prediction == "epsilon" else a * x - s * out
+        return (x_t - s * out) / a if self.prediction == "epsilon" else a * x_t - s * out
 
     def weight(self, t, min_snr):
-        """Loss weight of each t (B,), with SNR = a^2 / s^2: nearly clean inputs teach little.
+        """The min-SNR weight of each t (B,), with SNR = a^2 / s^2.
 
-        Every loss becomes the error of x0 times min(SNR, min_snr); for "sample" times min(SNR + 1, min_snr),
-        since SNR alone would be 0 at pure noise.
+        Every loss becomes the error of x0 times min(SNR, min_snr). Without the cap, nearly clean inputs would
+        weigh most, and they teach little. "sample" takes min(SNR + 1, min_snr): SNR is 0 at pure noise.
         """
         a, s = self.scales(t, t.ndim)
         snr = (a / s) ** 2
@@ -147,7 +147,8 @@ class Schedule:
 
     def visited_steps(self, n, sampler):
         """Which of the T steps a sampler of n visits: n falling integers, by the public schedulers' rules."""
-        T, count = self.T, n + (sampler == "dpm++")  # diffusers spaces n + 1 and leaves one out
+        # For dpm++ diffusers spaces n + 1 steps and leaves out the least noisy, but not with "trailing".
+        T, count = self.T, n + (sampler == "dpm++")
         if self.spacing == "leading":
             t = np.arange(count)[::-1][:n] * (T // count) + self.offset
         elif self.spacing == "trailing":
@@ -196,7 +197,7 @@ def loss(model, schedule, x0, *cond, min_snr=None, t=None, noise=None):
 
 # ---- sampling ----------------------------------------------------------------------------------------------
 
-def denoiser(model, schedule, cond, uncond=None, guidance=1.0, interval=ALWAYS, decode=None):
+def denoiser(model, schedule, cond, uncond=None, guidance=1.0, interval=ALWAYS, to_x0=None):
     """A conditioned network -> the function denoise(x, sigma) -> x0 that every sampler needs.
 
     cond, uncond  tuples of further arguments of the model, for B samples with and without their condition
@@ -204,21 +205,21 @@ def denoiser(model, schedule, cond, uncond=None, guidance=1.0, interval=ALWAYS, 
     interval      guide only while interval[0] < sigma <= interval[1]: in strong noise guidance makes all
                   samples alike, and at the end, when what a picture shows is settled, it exaggerates
                   (2404.07724)
-    decode        turns outputs into x0 where they are neither x0, v nor noise (Text2Mask's logits)
+    to_x0         turns outputs into x0 where they are neither x0, v nor noise (Text2Mask's logits)
     """
     guided = uncond is not None and guidance != 1
     both = join(uncond, cond) if guided else None  # one batch of 2 B
 
     def denoise(x, sigma):
         guide = guided and interval[0] < sigma <= interval[1]
-        x = x / math.sqrt(1 + sigma ** 2)  # the network sees unit variance
-        inputs = torch.cat([x, x]) if guide else x
+        x_t = x / math.sqrt(1 + sigma ** 2)  # of unit variance, as in training
+        inputs = torch.cat([x_t, x_t]) if guide else x_t
         t = torch.full((len(inputs),), schedule.time_step(sigma), device=x.device)
         out = model(inputs, t, *(both if guide else cond)).float()
         if guide:
             out_uncond, out_cond = out.chunk(2)
             out = out_uncond + guidance * (out_cond - out_uncond)
-        return decode(out) if decode else schedule.to_x0(out, x, sigma)
+        return to_x0(out) if to_x0 else schedule.to_x0(out, x_t, sigma)
     return denoise
 
 
@@ -237,11 +238,11 @@ def sample(denoise, schedule, noise, steps, sampler="dpm++", randn=torch.randn_l
     randn     randn(x) -> fresh noise for EDM
     """
     sigmas = schedule.noise_levels(steps, sampler)
-    # The public samplers start ddim, dpm++ and leading euler at the deviation of data and noise, sqrt(1 +
-    # sigma^2), the others at sigma. Above 20 it is the same.
-    with_data = sampler in ("ddim", "dpm++") or (sampler == "euler" and schedule.spacing == "leading")
+    # diffusers starts ddim, dpm++ and leading euler at the deviation of x, sqrt(1 + sigma^2), the others at
+    # sigma. Above 20 the two are nearly equal, and it is sigma.
+    adds_data = sampler in ("ddim", "dpm++") or (sampler == "euler" and schedule.spacing == "leading")
     first = sigmas[0]
-    if with_data and first < 20:
+    if adds_data and first < 20:
         first = math.sqrt(1 + first ** 2)
     walk = list(zip(sigmas, sigmas[1:]))
     if sampler == "edm":
@@ -408,7 +409,7 @@ class RunFolder:
                              "folder or delete it")
 
     def save(self, step):
-        """Write state.pt: the last file of a save, so what is in it is complete."""
+        """Write state.pt, the last file of a save: where it exists, the others are there too."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state.update(step=step, log=json.dumps(self.log), settings=json.dumps(self.settings))
         if self.rank == 0:
@@ -484,7 +485,7 @@ def draw_log(log, width=360, height=150):
         for key, value in line.items():
             if key != "step" and isinstance(value, (int, float)):
                 curves.setdefault(key, []).append((line["step"], value))
-    sheet = Image.new("RGB", (2 * width, height * -(-len(curves) // 2)), "white")
+    sheet = Image.new("RGB", (2 * width, height * math.ceil(len(curves) / 2)), "white")
     draw = ImageDraw.Draw(sheet)
     for n, (key, points) in enumerate(curves.items()):
         left, top = n % 2 * width, n // 2 * height
@@ -599,6 +600,7 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
               attribute `groups`, an integer for each index, a step is of one group
     batch     samples of a micro-batch and rank; `accumulate` micro-batches make a step
     lr        peak rate: `warmup` steps up to it, then "cosine" to zero or "constant"
+    clip, ema  largest norm of a step's gradient; decay of the average of the weights, which is what is saved
     picture   picture(model, path) writes samples.png;  measure(model) -> a dict for the log. Both are called
               at each save, with EMA weights.
     settings  more JSON values that make it another run
@@ -615,8 +617,8 @@ def fit(model, loss, dataset, out, *, steps, batch, lr, seed=0, device="auto", w
     optimiser = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     settings = dict(steps=steps, batch=batch, world=world, lr=lr, seed=seed, accumulate=accumulate,
                     config=getattr(model, "config", None), **(settings or {}))
-    folder = RunFolder(out, settings, rank, average=average, optimiser=optimiser)
-    first = folder.resume()  # no step is left to do where more are done
+    folder = RunFolder(out, settings, rank, average=average, optimiser=optimiser)  # average: the weights too
+    first = folder.resume()  # `steps` or more where the run is finished: then the loop has no turns
 
     net = wrap(model, device, world)
 

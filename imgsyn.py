@@ -2,7 +2,7 @@
 
 Paper:   SegGen (2311.03355) section 3, ImgSyn. ADE20K: 50 images a mask; COCO: 10; 40 steps [N].
          FreeMask (2310.15160): masks that are hard to segment get more images, --hardness.
-Differs: DPM-Solver++(2M) in 15 steps.
+Differs: DPM-Solver++(2M); small models take 15 steps.
 Reads:   masks/ and captions/ of --data's train split; a trained Mask2Img; hardness.json of
          train.py --filter.
 Writes:  OUT pair folder (classes.json, images, masks, instances, captions), meta.json, samples.png.
@@ -10,6 +10,7 @@ Needs:   unet.py, diffusion.py, text2mask.py, mask2img.py, masksyn.py, data/pair
 
     python imgsyn.py                                         # 64 pairs from the shipped demo weights
     python imgsyn.py --per-mask 4 --limit 100 --out out/shapes/imgsyn4
+    python imgsyn.py --per-mask 4 --hardness out/shapes/imgsyn_filtered/hardness.json --out out/shapes/hard
 
 Dimension key: B batch, H W pixels, K classes. A job is (source name, k): the k-th image of a mask.
 """
@@ -61,14 +62,14 @@ def main(argv=None):
     pairs = PairFolder(find_split(args.data, args.split), ("ids", "instances"))
     sources = limit_sources(args, pairs.names)
     counts = dict.fromkeys(sources, args.per_source)
-    if args.hardness:  # masks that get equally many images are neighbours then, so batches stay full
+    if args.hardness:  # sorted by their number, so that most batches are full
         counts = count_images(args.hardness, sources, pairs.names, args.per_source)
-    mask2img = load_generator(Mask2Img, path, args, device, "mask2img")
+    mask2img = load_generator(Mask2Img, path, args, device)
     check_classes(mask2img.config["classes"], pairs.classes, path)
 
     def read_mask(source, k):
-        """A human mask as Mask2Img paints it, another crop for each k -> class ids and instances, both (H, W)
-        uint8, and SDXL's time_ids, which name the crop."""
+        """A human mask in the size that Mask2Img paints, another crop for each k -> class ids and instances,
+        both (H, W) uint8, and SDXL's time_ids: original size, crop corner, target size."""
         pair = pairs.read(pairs.positions[source])
         shape = pair["ids"].shape
         size = painted_size(mask2img, shape)

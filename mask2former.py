@@ -20,7 +20,7 @@ Needs:   no sibling file.
 
 Dimension key: B batch, H W pixels, h w pixels of a map, C channels, D width, N tokens or targets, Q queries,
 K classes, M heads, d width of a head, P points, L outputs (one before the decoder's layers, and one after
-each).
+each). In `hungarian`: P problems of n rows and m columns.
 """
 import contextlib
 import json
@@ -81,7 +81,8 @@ class FrozenNorm(FrozenBatchNorm2d):
 
 
 class ResNet(nn.Module):
-    """torchvision's ResNet-50 or -101 with frozen batch norm, as in the original: for pretrained weights."""
+    """torchvision's ResNet-50 or -101 with the pretrained statistics of batch norm, as in the original: the
+    batches of fine-tuning are too small for their own."""
     stride = 32
     channels = (256, 512, 1024, 2048)
 
@@ -145,8 +146,8 @@ class Tiny(nn.Module):
 class WindowAttention(ShiftedWindowAttention):
     """Swin's attention within windows, which every second block shifts by half a window.
 
-    torchvision drops the shift where a map is a single window; the original keeps it, and so does every set
-    of public weights."""
+    torchvision drops the shift where a map is a single window; Mask2Former, whose weights are read here, does
+    not."""
 
     def define_relative_position_index(self):
         super().define_relative_position_index()
@@ -391,7 +392,9 @@ class PixelDecoder(nn.Module):
 # ---- decoder: queries read the maps through masked attention -----------------------------------------------
 
 class Attention(nn.Module):
-    """Multi-head attention with one fused projection. mask (B, Q, N) bool: True where a query may look."""
+    """Multi-head attention, whose three input projections share one tensor.
+
+    mask (B, Q, N) bool: True where a query may look."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -478,9 +481,9 @@ class Decoder(nn.Module):
         x = self.queries.expand(len(features), -1, -1)                            # (B, Q, D)
         outputs = [self.output(x, features)]
         for i, layer in enumerate(self.layers):
-            level = i % 3
-            mask = self.attention_mask(outputs[-1]["mask_embed"].detach(), small[level])
-            x = layer(x, self.places, keys[level], values[level], mask)
+            j = i % 3  # which map it reads
+            mask = self.attention_mask(outputs[-1]["mask_embed"].detach(), small[j])
+            x = layer(x, self.places, keys[j], values[j], mask)
             outputs.append(self.output(x, features))
         return outputs
 
@@ -658,9 +661,9 @@ def augment(cost, u, v, owner, row, problems):
     length = distance[np.arange(len(cost)), end]
     u[problems, row] += length[problems]
     p, column = np.nonzero(settled)
-    shorter = length[p] - distance[p, column]
-    u[p, owner[p, column]] += shorter
-    v[p, column] -= shorter
+    slack = length[p] - distance[p, column]
+    u[p, owner[p, column]] += slack
+    v[p, column] -= slack
 
     # Step 4: the row of the column before moves here; `row` itself takes the first column
     p, column = problems, end[problems]
@@ -833,7 +836,8 @@ class SetLoss(nn.Module):
     def uncertain_points(self, x):
         """Where masks are compared (PointRend, 3.1): mask logits x (R, 1, h, w) -> (R, P, 2).
 
-        Of 3 P random points the 0.75 P with logits nearest to 0, the mask's boundary; 0.25 P anywhere."""
+        Most are those of many random points whose logits are nearest to 0, at the mask's boundary: by the
+        defaults 0.75 P of 3 P. The rest are anywhere."""
         uncertain = int(self.points * self.importance)
         points = random_points(len(x), int(self.points * self.oversample), x.device)
         certainty = point_sample(x, points)[:, 0].abs()
@@ -842,13 +846,13 @@ class SetLoss(nn.Module):
         return torch.cat([points, random_points(len(x), self.points - uncertain, x.device)], 1)
 
 
-def average_count(masks, device):
+def average_count(count, device):
     """The number of target masks, averaged over ranks and at least 1, as a tensor."""
-    masks = torch.full((), float(masks), device=device)  # torch.tensor would wait for the GPU
+    count = torch.full((), float(count), device=device)  # torch.tensor would wait for the GPU
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(masks)
-        masks = masks / dist.get_world_size()
-    return masks.clamp(min=1)
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return count.clamp(min=1)
 
 
 # ---- inference: images -> raw predictions -> (ids, instances, segments) ------------------------------------
@@ -988,7 +992,7 @@ def panoptic(prediction, size, isthing, object_threshold=0.8, overlap_threshold=
 
 
 def instance(prediction, size, isthing, top=100, shown=0.5):
-    """-> (ids, instances, segments): the `top` pairs of a query and a class, without those of stuff.
+    """-> (ids, instances, segments): the `top` pairs of a query and a class, less those of stuff.
 
     Segments may overlap. ids and instances show those with a score over `shown`, the surest on top. The score
     is the class probability times the mean mask probability inside the mask."""
@@ -1239,7 +1243,8 @@ def public_config(file, tensors):
     names = public.get("id2label", {})
     names = [names.get(str(k), f"class {k + 1}").strip() for k in range(K)]
     isthing, task = DATASETS.get((K, names[0], names[-1]), ([True] * K, "semantic"))
-    # The name of the weights has the last word: mask2former-swin-tiny-coco-instance. Not the folders above
+    # A task in the name of the weights, mask2former-swin-tiny-coco-instance, goes before that table. Only
+    # the last folder's name is read.
     title = f"{file.absolute().parent.name} {Path(public.get('_name_or_path') or '').name}"
     named = max(TASKS, key=title.rfind)  # the one that it mentions last; -1 where it does not
     return dict(num_classes=K,
@@ -1258,7 +1263,7 @@ def read_normalisation(file):
     if not public.get("do_normalize", True):
         mean, std = [0.0] * 3, [1.0] * 3
     largest = 255 * public.get("rescale_factor", 1 / 255) if public.get("do_rescale", True) else 255
-    return dict(mean=[m / largest for m in mean], std=[s / largest for s in std])  # ours are 1 at most
+    return dict(mean=[m / largest for m in mean], std=[s / largest for s in std])  # our pixels are in 0..1
 
 
 def read_json(file):
@@ -1355,7 +1360,8 @@ def draw_overlays(model, files, folder, short=None):
     inputs = [Path(file).resolve() for file in files]
     for file, out in zip(files, outs):
         if out.resolve() in inputs or outs.count(out) > 1:
-            raise ValueError(f"{file}: {out} is an image given or another's overlay. Choose another folder")
+            raise ValueError(f"{file}: its overlay {out} would replace an input or another overlay. Choose "
+                             "another folder")
     for file, out in zip(files, outs):
         image = read_image(file)
         _, _, segments = predict(model, image, short=short)
@@ -1402,12 +1408,12 @@ def main(argv=None):
 def run(main):
     """Run a script's main(): a user's mistake ends in one line on stderr, not in a traceback.
 
-    `run` and `atomic_write` are those of data/pairs.py, copied so that this file needs no other.
+    `run`, `atomic_write` and `rgb` repeat data/pairs.py, so that this file needs no other.
     """
     try:
         main()
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on from the last save.", file=sys.stderr)
+        print("Stopped.", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         if "SEGGEN_DEBUG" in os.environ:

@@ -21,7 +21,9 @@ Needs:   unet.py, diffusion.py, text2mask.py, data/pairs.py.
     python mask2img.py sample --mask data/shapes/val/masks/00000.png --prompt "a house under a grey sky"
 
 Dimension key: B batch, C channels, H W pixels, h w what the UNet paints, L caption tokens, K classes.
+Codes: 0 void, 1..K the classes, K + 1 edge.
 """
+import math
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +35,10 @@ import unet as networks
 from data.pairs import (FlagParser, PairFolder, check_classes, contact_sheet, count_classes,
                         describe_classes, find_split, number, outline, palette, read_ids, run, spread,
                         write_picture)
-from diffusion import ALWAYS, Schedule, seed_of
-from text2mask import (DROP, GUIDANCE, SCHEDULE, SMALL, STEPS, CaptionedPairs, TextToImage, apply_recipe,
-                       choose_sampling, choose_size, copy_codes, default_sampling, drop_captions,
-                       find_weights, fit_generator, init_flag, painted_sizes, sampling_flags, to_pixels,
-                       training_flags)
+from diffusion import Schedule, seed_of
+from text2mask import (DROP, SCHEDULE, SMALL, CaptionedPairs, TextToImage, apply_recipe, choose_sampling,
+                       choose_size, chosen_sampling, copy_codes, drop_captions, find_weights, fit_generator,
+                       init_flag, painted_sizes, sampling_flags, to_pixels, training_flags)
 from unet import PRESETS, ControlNet, TextEncoder, UNet
 
 MIN_SNR = 5.0  # cap of Schedule.weight; an unweighted loss leaves textures soft
@@ -85,7 +86,7 @@ class Mask2Img(TextToImage):
 
     @property
     def checkpoint_part(self):
-        """What a checkpoint holds; the rest is in the base's folder."""
+        """What a checkpoint holds; the rest is in the base's folder. None: everything."""
         return self.controlnet if self.vae else None
 
     def enable_checkpointing(self):
@@ -93,29 +94,27 @@ class Mask2Img(TextToImage):
         self.controlnet.enable_checkpointing()
 
     def condition(self, codes):
-        """(B, H, W) long codes -> what the ControlNet sees: the colour map (B, 3, H, W) in [0, 1].
-
-        The small model's ControlNet sees a channel per code (B, K + 2, H, W), and need not learn to tell
-        colours apart.
-        """
+        """(B, H, W) long codes -> what the ControlNet sees: on SDXL the colour map (B, 3, H, W) in [0, 1], in
+        a small model a channel per code (B, K + 2, H, W), so that it need not learn to tell colours apart."""
         if self.vae is None:
             return F.one_hot(codes, len(self.colours)).permute(0, 3, 1, 2).float()
         return self.colours[codes].permute(0, 3, 1, 2)
 
-    def forward(self, x, t, caption, time_ids, colour_map):
-        """x (B, C, h, w) noised, t (B,), caption and time_ids as TextToImage, colour_map of `condition` -> as
-        x."""
+    def forward(self, x, t, caption, time_ids, cond):
+        """x (B, C, h, w) noised, t (B,), caption and time_ids as TextToImage, cond from `condition` -> the
+        schedule's prediction, as x."""
         if torch.is_tensor(caption):
             caption = self.text(caption)
         context, pooled = caption  # (B, L, D), (B, P)
-        # For each skip of the UNet, for its middle and its head
-        residuals = self.controlnet(x, t, context, pooled, time_ids, colour_map)
+        # What is added to each skip of the UNet, to its middle and to its head, which only a small one has
+        residuals = self.controlnet(x, t, context, pooled, time_ids, cond)
         return self.unet(x, t, context, pooled, time_ids, residuals)        # (B, C, h, w)
 
     def loss(self, net, batch, drop=DROP, shuffle=False):
         """The diffusion loss. A share `drop` of the samples loses its caption.
 
-        shuffle gives each sample another one's mask, to measure whether the network heeds masks.
+        net: this model, perhaps wrapped for DDP. shuffle gives each sample another one's mask, to measure
+        whether the network heeds masks.
         """
         codes = batch["codes"].roll(1, 0) if shuffle else batch["codes"]  # (B, H, W)
         keep = torch.rand(len(codes), device=codes.device) >= drop
@@ -124,13 +123,12 @@ class Mask2Img(TextToImage):
         return diffusion.loss(net, self.schedule, x0, tokens, batch["time_ids"], self.condition(codes),
                               min_snr=None if self.vae else MIN_SNR)
 
-    def sample(self, codes, captions, seeds, steps=STEPS["mask2img"][0], guidance=GUIDANCE["mask2img"][0],
-               sampler="dpm++", interval=ALWAYS, time_ids=None):
-        """(B, H, W) uint8 codes, B captions and seeds -> (B, H, W, 3) uint8 images. guidance, interval: as in
-        diffusion.denoiser; time_ids: as in TextToImage.generate."""
+    def sample(self, codes, captions, seeds, time_ids=None, **sampling):
+        """(B, H, W) uint8 codes, B captions and seeds -> (B, H, W, 3) uint8 images. time_ids: as in
+        TextToImage.generate; sampling: what differs from `default_sampling`."""
         codes = torch.from_numpy(np.asarray(codes)).long().to(self.colours.device)
-        x0 = self.generate(captions, seeds, steps, guidance, sampler, size=codes.shape[1:],
-                           time_ids=time_ids, extra=(self.condition(codes),), interval=interval)
+        x0 = self.generate(captions, seeds, size=codes.shape[1:], extra=(self.condition(codes),),
+                           time_ids=time_ids, **self.default_sampling | sampling)
         return to_pixels(x0)
 
 
@@ -161,8 +159,7 @@ def train_base(args):
 
     def picture(model, path):
         captions = [pairs.captions(i)[0] for i in spread(len(data), 32)]
-        sampling = default_sampling(model, "mask2img")
-        x0 = model.generate(captions, range(len(captions)), **sampling, sampler="dpm++")
+        x0 = model.generate(captions, range(len(captions)), **model.default_sampling)
         contact_sheet({"sample": list(to_pixels(x0))}, captions).save(path)
     fit_generator(model, loss, data, args, "base", picture,
                   following="python text2mask.py train --data {data} --init {out}")
@@ -178,17 +175,12 @@ def new_model(args, classes, device):
     frozen unless --unfreeze."""
     options = dict(size=args.size, classes=classes, edges=args.edges)
     if args.sdxl:
-        model = Mask2Img.from_sdxl(args.sdxl, device, **options)
-        if args.controlnet:
-            networks.load_weights(model.controlnet, args.controlnet)
-        elif args.init != args.sdxl:
-            _, state = diffusion.read_checkpoint(args.init, "Mask2Img")
-            diffusion.load_strict(model.controlnet, state, args.init)
-        return model
+        return new_model_on_sdxl(args, device, options)
     base, earlier = small_base(args.size), None
     if args.init:
         if diffusion.read_header(args.init).get("class") == "Mask2Img":
-            base = earlier = diffusion.load(Mask2Img, args.init)
+            earlier = diffusion.load(Mask2Img, args.init)
+            base = earlier  # of which the new model takes the UNet and the text encoder
         else:
             base = diffusion.load(TextToImage, args.init)
         base.requires_grad_(args.unfreeze)
@@ -197,13 +189,24 @@ def new_model(args, classes, device):
     if earlier:
         diffusion.load_matching(controlnet, earlier.controlnet.state_dict())
         for old, new in zip(layers_of_codes(earlier.controlnet), layers_of_codes(controlnet)):
-            copy_codes(old, new, 1, earlier.config["classes"], classes)
+            copy_codes(old, new, dim=1, old_classes=earlier.config["classes"], new_classes=classes)
     return Mask2Img(base.unet, base.text, base.schedule, controlnet, **options)
+
+
+def new_model_on_sdxl(args, device, options):
+    """Its ControlNet is a copy of SDXL's encoder, a public one (--controlnet) or an earlier one (--init)."""
+    model = Mask2Img.from_sdxl(args.sdxl, device, **options)
+    if args.controlnet:
+        networks.load_weights(model.controlnet, args.controlnet)
+    elif args.init != args.sdxl:
+        _, state = diffusion.read_checkpoint(args.init, "Mask2Img")
+        diffusion.load_strict(model.controlnet, state, args.init)
+    return model
 
 
 def train(args):
     """Train a Mask2Img: the ControlNet; with --unfreeze the base too; without --init both from scratch."""
-    apply_recipe(args)
+    apply_recipe(args)  # fills in what was not given; args.sdxl: SDXL's folder, or None
     if args.sdxl and args.unfreeze:
         raise ValueError("--unfreeze goes with a small base: SDXL stays frozen. Leave it out")
     if args.controlnet and not args.sdxl:
@@ -221,10 +224,10 @@ def train(args):
         print(describe_classes(count_classes(pairs), pairs.classes))
 
     # Samples and the condition gap are those of val, where there is one.
-    val = pairs.folder.parent / "val"
-    if not val.is_dir():
-        val = pairs.folder
-    val = CaptionedPairs(PairFolder(val, parts), args.size, model.text.tokenize, augment=False,
+    folder = pairs.folder.parent / "val"
+    if not folder.is_dir():
+        folder = pairs.folder
+    val = CaptionedPairs(PairFolder(folder, parts), args.size, model.text.tokenize, augment=False,
                          edge_width=model.edge_width)
     check_classes(val.pairs.classes, pairs.classes, val.pairs.folder)
     shown, measured = spread(len(val), 8 if model.vae else 24), spread(len(val), 64)
@@ -247,8 +250,7 @@ def draw_samples(model, data, indices):
     captions = [data.pairs.captions(i)[0] for i in indices]
     classes = data.pairs.classes
     rows = {"mask": list(palette(len(classes))[codes]),
-            "sample": list(model.sample(codes, captions, range(len(items)),
-                                        **default_sampling(model, "mask2img"))),
+            "sample": list(model.sample(codes, captions, range(len(items)))),
             "real": list(to_pixels(torch.stack([item["image"] for item in items])))}
     return contact_sheet(rows, captions, classes)
 
@@ -256,7 +258,7 @@ def draw_samples(model, data, indices):
 def condition_gap(model, data, indices):
     """The loss with other images' masks minus that with the right ones. Near 0, the network ignores masks."""
     device, gap = next(model.parameters()).device, 0.0
-    parts = -(-len(indices) // 16)
+    parts = math.ceil(len(indices) / 16)
     for part in range(parts):
         items = [data[i, 0] for i in indices[part::parts]]
         batch = diffusion.to_device(torch.utils.data.default_collate(items), device)
@@ -272,7 +274,7 @@ def sample_images(args):
     """Paint --count images of --mask -> OUT/images.png: the mask, then the images."""
     device, _, _ = diffusion.setup(args.device)
     model = diffusion.load(Mask2Img, find_weights("shapes", "mask2img", args.init), device, args.base)
-    choose_sampling(args, model, "mask2img")
+    choose_sampling(args, model)
     classes = model.config["classes"]
     codes = read_ids(args.mask, len(classes))
     if model.config["edges"]:  # as it was trained; what separates instances is not known here
@@ -280,8 +282,7 @@ def sample_images(args):
     seeds = [seed_of(args.seed, k) for k in range(args.count)]
     captions = [args.prompt] * args.count
     masks = np.repeat(codes[None], args.count, 0)
-    images = model.sample(masks, captions, seeds, args.steps, args.guidance, args.sampler,
-                          args.guidance_interval)
+    images = model.sample(masks, captions, seeds, **chosen_sampling(args))
     pictures = [palette(len(classes))[codes], *images]
     sheet = contact_sheet({"": pictures}, ["the mask", *captions], classes)
     write_picture(args.out / "images.png", sheet)

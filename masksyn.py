@@ -5,8 +5,8 @@ what a segmenter can learn is not capped by another segmenter.
 
 Paper:   SegGen (2311.03355) section 3, MaskSyn. ADE20K: 10 new pairs a training image; masks in 200 steps of
          EDM's sampler, images in 40 steps [N].
-Differs: DPM-Solver++(2M), 12 steps for masks and 15 for images, more on SDXL; masks are cleaned of specks;
-         instances are connected regions. --mask-sampler edm --mask-steps 200 is the paper's way.
+Differs: fewer steps (text2mask.SAMPLING); masks are cleaned of specks; instances are connected regions. The
+         paper's way: --mask-sampler edm --mask-steps 200.
 Reads:   captions/ of --data's train split, or --captions FILE; a trained Text2Mask and Mask2Img.
 Writes:  OUT pair folder (classes.json, images, masks, instances, captions), meta.json, samples.png.
 Needs:   unet.py, diffusion.py, text2mask.py, mask2img.py, data/pairs.py.
@@ -32,24 +32,24 @@ from tqdm import tqdm
 import diffusion
 import unet as networks
 from data.pairs import (FlagParser, PairFolder, check_classes, contact_sheet, dataset_name, find_split,
-                        list_names, number, outline, palette, read_captions, read_ids, read_json, read_text,
-                        remove_temporary, run, spread, write_json, write_pair, write_picture)
+                        is_shapes, list_names, number, outline, palette, read_captions, read_ids, read_json,
+                        read_text, remove_temporary, run, spread, write_json, write_pair, write_picture)
 from diffusion import seed_of
 from mask2img import Mask2Img
-from text2mask import (Text2Mask, choose_sampling, find_weights, list_shapes, painted_size, painted_sizes,
-                       region_flag, sampler_flags, segments, words_of)
+from text2mask import (Text2Mask, choose_sampling, chosen_sampling, find_weights, list_shapes, painted_size,
+                       painted_sizes, region_flag, sampler_flags, segments, words_of)
 
 
 def split_jobs(sources, per_source, batch, rank, world, sizes=None):
     """Source names -> this rank's batches of jobs.
 
     Batches are cut before they are shared out, and all jobs of one have the same k and, where sizes {source:
-    (H, W)} are given, the same size. So a sample is made in the same batch, and comes out the same, for any
-    number of ranks and for a larger per_source.
+    (H, W)} are given, the same size. So a sample is made in the same batch for any number of ranks and for a
+    larger per_source, and comes out the same; in another batch it would differ by rounding.
     """
     groups = {}
     for source in sources:
-        groups.setdefault(sizes and sizes[source], []).append(source)
+        groups.setdefault(sizes[source] if sizes else None, []).append(source)
     parts = [group[i:i + batch] for group in groups.values() for i in range(0, len(group), batch)]
     batches = []
     for k in range(per_source):
@@ -62,7 +62,7 @@ def pair_name(job):
 
 
 def complete_pairs(out):
-    """The names of the pairs that are complete."""
+    """The names of the pairs that are complete: not those of which somebody deleted a part."""
     images, masks = list_names(out / "images", (".png", ".jpg")), list_names(out / "masks", (".png",))
     return images.keys() & masks.keys() & list_names(out / "captions", (".txt",)).keys()
 
@@ -90,13 +90,23 @@ def describe(args, fingerprint, **checkpoints):
     passed_over = ("out", "limit", "per_source", "hardness", "device", "compile", "count", "prompt",
                    "captions", "part", *checkpoints)
     meta = {key: str(value) for key, value in vars(args).items()
-            if key not in passed_over and value is not False}  # a switch that is off
+            if key not in passed_over and value is not False}  # False: a switch that is off
     for name, path in checkpoints.items():
         meta[f"{name}_weights"] = diffusion.weights_hash(path)
         trained_on = diffusion.read_header(path).get("trained_on")
         if trained_on:
             meta[f"{name}_pairs"] = trained_on
     return meta | {"source": fingerprint}
+
+
+def plan(args, counts, rank, world, sizes):
+    """This rank's or this part's batches of jobs. Raises ValueError where --part cannot be."""
+    if args.part and world > 1:
+        raise ValueError("--part shares the work out, and so does torchrun. Use one of them")
+    batches = split_jobs(list(counts), max(counts.values()), args.batch, *(args.part or (rank, world)), sizes)
+    if args.part and not batches:
+        raise ValueError(f"--part: no batch of {args.batch} pairs is left for this one. Use fewer parts")
+    return [[job for job in jobs if job[1] < counts[job[0]]] for jobs in batches]
 
 
 def synthesize(args, out, counts, make, classes, meta, sizes=None, title="", replace=False):
@@ -111,15 +121,10 @@ def synthesize(args, out, counts, make, classes, meta, sizes=None, title="", rep
     replace  delete what `out` holds first
     """
     _, rank, world = diffusion.setup(args.device)
-    if args.part and world > 1:
-        raise ValueError("--part shares the work out, and so does torchrun. Use one of them")
     if not replace:
         diffusion.check_output(out, meta)
-    batches = split_jobs(list(counts), max(counts.values()), args.batch, *(args.part or (rank, world)), sizes)
-    if args.part and not batches:
-        raise ValueError(f"--part: no batch of {args.batch} pairs is left for this one. Use fewer parts")
-    batches = [[job for job in jobs if job[1] < counts[job[0]]] for jobs in batches]
     complete = set() if replace else complete_pairs(out)
+    batches = plan(args, counts, rank, world, sizes)
     todo = [jobs for jobs in batches if not complete.issuperset(map(pair_name, jobs))]
     bar = tqdm(total=sum(map(len, todo)), desc=out.name, unit="pair", disable=rank > 0)
     # The first batch comes before the folder: bad input ends the run here, and leaves nothing.
@@ -146,7 +151,8 @@ def synthesize(args, out, counts, make, classes, meta, sizes=None, title="", rep
     if world > 1:
         dist.barrier()
     if rank == 0:
-        pairs = PairFolder(out, ("image",))  # of complete pairs: other parts may be writing masks now
+        # Listed by images, which come last: other parts may be writing pairs now.
+        pairs = PairFolder(out, ("image",))
         draw_samples(pairs, classes, title)
         print(f"{out}: {len(pairs)} pairs; look at {out / 'samples.png'}")
 
@@ -176,17 +182,17 @@ def draw_samples(pairs, classes, title="", count=24):
 def find_generators(args, stages, need_data=True):
     """{stage: path of its weights}. Raises ValueError, which names all that is missing at once."""
     missing = []
-    try:
-        if need_data:
+    if need_data:
+        try:
             find_split(args.data, "train")
-    except ValueError as error:
-        missing.append(str(error))
+        except ValueError as error:
+            missing.append(str(error))
     paths = {stage: find_weights(args.data, stage, getattr(args, stage)) for stage in stages}
     for stage, path in paths.items():
         if not diffusion.checkpoint_file(path).exists():
             missing.append(f"{path}: no trained weights. Train them with: python {stage}.py train --data "
                            f"{args.data} --init BASE, or give others by --{stage}")
-    if len(missing) > 1:  # the weights of a data set of their own
+    if len(missing) > 1:  # nothing is trained yet, so BASE may be news
         missing.append(f"BASE is made by: python mask2img.py base --data {args.data} --split train; or it is "
                        "SDXL's folder")
     if missing:
@@ -215,15 +221,15 @@ def warn_of_unknown_words(prompt, data):
 
 
 def share(text):
-    """An argparse type: "I/N", the I-th of N processes -> (I - 1, N)."""
+    """An argparse type: "I/N", part I of N -> (I - 1, N)."""
     part, parts = map(int, text.split("/"))
     if not 1 <= part <= parts:
         raise argparse.ArgumentTypeError(f"{text}: I/N is needed, with I from 1 to N")
     return part - 1, parts
 
 
-def synthesis_flags(parser, per_source):
-    """The flags that MaskSyn and ImgSyn share."""
+def synthesis_flags(parser, per_source_flag):
+    """The flags that MaskSyn and ImgSyn share; per_source_flag: its name in this mode."""
     add = parser.add_argument
     positive = number(int, 1)
     add("--data", default="shapes", help="NAME (data/NAME) or a folder with train/ and val/")
@@ -232,11 +238,11 @@ def synthesis_flags(parser, per_source):
         help="trained Mask2Img (default: out/NAME/mask2img, else the shipped one)")
     add("--limit", type=positive,
         help="use the first N captions or masks (default: 64 of the built-in data, else all)")
-    add(per_source, dest="per_source", metavar="N", type=positive, default=1, help="pairs of each")
+    add(per_source_flag, dest="per_source", metavar="N", type=positive, default=1, help="pairs of each")
     add("--batch", type=positive, default=16, help="pairs at a time")
     add("--jpeg", action="store_true", help="images as JPEG of quality 95 instead of PNG")
     add("--part", metavar="I/N", type=share,
-        help="make only the I-th of N parts of the pairs; each part may run on another machine")
+        help="make only part I of N; each part may run on another machine")
     sampler_flags(parser, "mask2img")
     add("--seed", type=int, default=0, help="another seed, other pairs")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ...")
@@ -250,7 +256,7 @@ def parse(argv):
     add("--text2mask", type=Path,
         help="trained Text2Mask (default: out/NAME/text2mask, else the shipped one)")
     positive = number(int, 1)
-    sampler_flags(parser, "text2mask", "mask-")
+    sampler_flags(parser, "text2mask", "mask_")
     region_flag(parser)
     add("--captions", type=Path, metavar="FILE",
         help="pairs of the captions in this file, one a line, in out/FILE/masksyn; no data is needed")
@@ -260,20 +266,20 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def load_generator(Model, path, args, device, stage, prefix=""):
-    """The Text2Mask or Mask2Img (stage) of a checkpoint, ready to paint as the flags say."""
+def load_generator(Model, path, args, device, prefix=""):
+    """The Text2Mask or Mask2Img (Model) of a checkpoint, ready to paint as the flags say."""
     model = diffusion.load(Model, path, device, getattr(args, f"{prefix}base"))
     if args.compile:
         diffusion.compile_blocks(model, networks.BLOCKS)
-    choose_sampling(args, model, stage, prefix)
+    choose_sampling(args, model, prefix)
     return model
 
 
 def load_generators(args, device, need_data=True):
     """Text2Mask, Mask2Img and {stage: path of its weights}. Raises ValueError where they do not fit."""
     paths = find_generators(args, ("text2mask", "mask2img"), need_data)
-    text2mask = load_generator(Text2Mask, paths["text2mask"], args, device, "text2mask", "mask_")
-    mask2img = load_generator(Mask2Img, paths["mask2img"], args, device, "mask2img")
+    text2mask = load_generator(Text2Mask, paths["text2mask"], args, device, "mask_")
+    mask2img = load_generator(Mask2Img, paths["mask2img"], args, device)
     first, second = text2mask.config, mask2img.config
     check_classes(second["classes"], first["classes"], paths["mask2img"])
     if second["size"] != first["size"]:
@@ -289,12 +295,12 @@ def make_pairs(jobs, captions, text2mask, mask2img, args, shapes=None):
     first. Without them, in the size of the training.
     """
     size = painted_size(text2mask, shapes[0]) if shapes else None
+    # Original size, crop corner, target size: see CaptionedPairs.
     time_ids = [(*shape, 0, 0, *size) for shape in shapes] if shapes else None
     classes = text2mask.config["classes"]
     isthing = [c["isthing"] for c in classes]
     seeds = [seed_of(args.seed, *job, "mask") for job in jobs]
-    codes = text2mask.sample(captions, seeds, args.mask_steps, args.mask_guidance, args.mask_sampler, size,
-                             interval=args.mask_guidance_interval, time_ids=time_ids)
+    codes = text2mask.sample(captions, seeds, size, time_ids=time_ids, **chosen_sampling(args, "mask_"))
     masks = [segments(c, isthing, args.min_region) for c in codes]  # [(ids, instances)]
     return paint(jobs, captions, masks, any(isthing), mask2img, args, time_ids)
 
@@ -308,8 +314,7 @@ def paint(jobs, captions, masks, has_instances, mask2img, args, time_ids=None):
     K, width = len(mask2img.config["classes"]), mask2img.edge_width
     codes = np.stack([outline(*mask, K, width) if edges else mask[0] for mask in masks])
     seeds = [seed_of(args.seed, *job, "image") for job in jobs]
-    images = mask2img.sample(codes, captions, seeds, args.steps, args.guidance, args.sampler,
-                             args.guidance_interval, time_ids)
+    images = mask2img.sample(codes, captions, seeds, time_ids, **chosen_sampling(args))
     pairs = []
     for image, (ids, instances), caption in zip(images, masks, captions):
         instances = instances if has_instances else None
@@ -328,7 +333,7 @@ def choose_captions(jobs, pairs):
 
 def limit_sources(args, sources):
     """The first --limit of the sources; without it, 64 of the built-in data and all of any other -> list."""
-    limit = 64 if dataset_name(args.data) == "shapes" else None
+    limit = 64 if is_shapes(args.data) else None
     return list(sources)[:args.limit or limit]
 
 

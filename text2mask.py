@@ -11,7 +11,7 @@ Paper:   SegGen (2311.03355) section 3, Text2Mask: SDXL-base fine-tuned on (capt
 Differs: on small data the base is a small pixel-space UNet of our own with a logit per colour; masks are
          cleaned of specks (the paper's are not); edges between instances are 1 or 3 pixels wide [?]. --rank
          fine-tunes by LoRA (2106.09685): low-rank matrices beside the frozen attentions of the base are
-         trained, and on a small base the input convolution and the head, which are new to masks.
+         trained, and on a small base the input convolution and the head, which have not seen masks.
 Reads:   the pair folder data/NAME/train; --init: a base of mask2img.py, or SDXL's public folder.
 Writes:  out/NAME/text2mask; `sample`: out/sample.
 Needs:   unet.py, diffusion.py, data/pairs.py.
@@ -47,10 +47,14 @@ DROP = 0.1  # share of captions left out in training, for classifier-free guidan
 # Defaults of the training commands: those of SDXL where --init is its folder; its batch is ours [?].
 SMALL = dict(steps=5000, batch=16, lr=2e-3, workers=0, save_every=500)
 SDXL = dict(steps=30_000, batch=4, lr=1e-5, workers=4, save_every=2500)
-# Defaults of sampling, of the small models and on SDXL. The paper takes 200 steps of EDM's sampler for masks
+# How each stage is sampled: by a small model, on SDXL. The paper takes 200 steps of EDM's sampler for masks
 # and 40 for images [N]; the rest is ours [?].
-STEPS = {"text2mask": (12, 25), "mask2img": (15, 40)}
-GUIDANCE = {"text2mask": (1.0, 2.0), "mask2img": (1.5, 5.0)}
+SAMPLING = {
+    "text2mask": (dict(steps=10, guidance=1.5, interval=(2.0, 80.0), sampler="edm"),
+                  dict(steps=25, guidance=2.0, interval=ALWAYS, sampler="dpm++")),
+    "mask2img": (dict(steps=15, guidance=1.5, interval=ALWAYS, sampler="dpm++"),
+                 dict(steps=40, guidance=5.0, interval=ALWAYS, sampler="dpm++")),
+}
 EDGE_WIDTH = (1, 3)   # pixels between segments, of the small models and on SDXL, whose VAE blurs 1 away
 MIN_REGION = (8, 50)  # pixels. The VAE's blur leaves thin false regions between classes: 50 removes most
 # The mean of a picture shows through even SDXL's strongest noise, so SDXL never learns to choose it and
@@ -71,10 +75,10 @@ def encode(codes, K):
 def decode(colours, K):
     """(H, W, 3) uint8 -> (H, W) uint8 codes: every channel is rounded to the nearest level of the palette.
 
-    A channel that is over a third of a step from its level lies between two, and some levels make no code.
-    Such a pixel becomes edge, for it is where two blurred regions meet, and its nearest colour is often that
-    of a third class: `segments` grows the two over it. A limit nearer to a half lets more of third classes
-    through, one below a third loses thin regions of noisy maps.
+    Where two regions blur into each other, the nearest colour is often that of a third class. So a channel
+    that is over a third of a step from every level makes the pixel edge, and so do levels that are no code:
+    `segments` grows the regions around over it. A larger limit lets more third classes through, a smaller one
+    loses thin regions of noisy maps.
     """
     base, step = palette_levels(K)
     value = np.arange(256)
@@ -92,11 +96,11 @@ def components(values):
     """
     begins = np.ones(values.shape, bool)
     begins[:, 1:] = values[:, 1:] != values[:, :-1]
-    run = begins.ravel().cumsum().reshape(values.shape) - 1  # (H, W) each pixel's run, numbered from 0
+    run_of = begins.ravel().cumsum().reshape(values.shape) - 1  # (H, W) each pixel's run, numbered from 0
     # Two runs that touch: once, at the first column that they share.
     touch = (values[1:] == values[:-1]) & (begins[1:] | begins[:-1])
-    a, b = run[:-1][touch], run[1:][touch]
-    label = np.arange(run[-1, -1] + 1)
+    a, b = run_of[:-1][touch], run_of[1:][touch]
+    label = np.arange(run_of[-1, -1] + 1)
     while len(a):
         low = np.minimum(label[a], label[b])
         np.minimum.at(label, label[a], low)
@@ -106,7 +110,7 @@ def components(values):
             label = shorter
         apart = label[a] != label[b]
         a, b = a[apart], b[apart]
-    return np.flatnonzero(begins)[label][run]
+    return np.flatnonzero(begins)[label][run_of]
 
 
 def grow(known, *maps):
@@ -115,7 +119,7 @@ def grow(known, *maps):
     todo = np.flatnonzero(np.pad(~known, 1))
     known, maps = np.pad(known, 1).ravel(), [np.pad(m, 1).ravel() for m in maps]  # the border is not known
     while len(todo) and known.any():
-        source = np.zeros_like(todo)
+        source = np.zeros_like(todo)  # 0, a pixel of the border, stands for: no known neighbour
         for step in (1, -1, width, -width):  # right, left, below, above: the last one counts
             source = np.where(known[todo + step], todo + step, source)
         ring = source > 0
@@ -140,7 +144,7 @@ def segments(codes, isthing, min_region=8):
     numbered 1..254 in reading order; what comes after is a crowd, 255. isthing: K bools.
     """
     K = len(isthing)
-    # Without edges, specks are filled first, so that none cuts a region in two. With edges, they are filled
+    # Without any edge pixel, specks are filled first, so that none cuts a region in two. Else they are filled
     # below, together with the edges.
     codes = clean(codes, min_region) if (codes <= K).all() else codes
     label = components(codes)
@@ -229,8 +233,7 @@ class CaptionedPairs(torch.utils.data.Dataset):
 
     size is (H, W); edge_width: of the outlines, in pixels. With augment, the crop is random and half of the
     samples are mirrored, unless the caption or a class speaks of left or right. sizes {name: (H, W)}, if
-    given, go before `size`; .groups then gives equal numbers to pairs of equal size, which may be in one
-    batch.
+    given, replace `size`; .groups then gives equal numbers to pairs of equal size, which may be in one batch.
     """
     seeded = True
 
@@ -284,7 +287,8 @@ class CaptionedPairs(torch.utils.data.Dataset):
 
 
 def words_of(caption):
-    """The words of a caption in lower case: runs of letters and digits."""
+    """The words of a caption in lower case: runs of letters and digits, to look for words in captions. What
+    the network reads are unet.caption_words."""
     return re.findall(r"[^\W_]+", caption.lower())
 
 
@@ -308,6 +312,7 @@ class TextToImage(nn.Module):
     size                  (H, W) of training, in pixels
     vae, base             of a model on SDXL: its frozen VAE, whose latents are painted, and its folder
     """
+    stage = "mask2img"  # whose way of sampling it has
 
     def __init__(self, unet, text, schedule, size, vae=None, base=None):
         super().__init__()
@@ -324,12 +329,17 @@ class TextToImage(nn.Module):
         """Of the edges in the masks that it paints or is given, in pixels."""
         return EDGE_WIDTH[self.vae is not None]
 
+    @property
+    def default_sampling(self):
+        """SAMPLING of this model: arguments of `generate`."""
+        return SAMPLING[self.stage][self.vae is not None]
+
     def check_size(self, size):
         """Raises ValueError where the network cannot paint pictures of (H, W) pixels."""
         halvings = len(self.unet.config["block_out_channels"]) - 1
-        factor = self.vae.factor if self.vae else self.unet.config["patch_size"] * 2 ** halvings
-        if size[0] % factor or size[1] % factor:
-            raise ValueError(f"size {size[1]} x {size[0]}: not a multiple of {factor}. Choose one "
+        multiple = self.vae.factor if self.vae else self.unet.config["patch_size"] * 2 ** halvings
+        if size[0] % multiple or size[1] % multiple:
+            raise ValueError(f"size {size[1]} x {size[0]}: not a multiple of {multiple}. Choose one "
                              "whose sides are")
 
     @classmethod
@@ -398,10 +408,10 @@ class TextToImage(nn.Module):
 
     @torch.no_grad()
     def generate(self, captions, seeds, steps, guidance, sampler, size=None, extra=(), interval=ALWAYS,
-                 decode=None, time_ids=None):
+                 to_x0=None, time_ids=None):
         """B captions and seeds -> x0 (B, 3, H, W). A sample depends on its own caption and seed alone.
 
-        extra: further arguments of forward; interval, decode: as in diffusion.denoiser; time_ids: six numbers
+        extra: further arguments of forward; interval, to_x0: as in diffusion.denoiser; time_ids: six numbers
         a sample, as in CaptionedPairs, by default those of an uncropped picture.
         """
         device = next(self.parameters()).device
@@ -418,7 +428,7 @@ class TextToImage(nn.Module):
             time_ids = torch.tensor(time_ids, dtype=torch.float32, device=device)  # (B, 6)
             cond = self.encode_text(captions, device), time_ids, *extra
             uncond = self.encode_text([""] * len(captions), device), time_ids, *extra
-            denoise = diffusion.denoiser(self, self.schedule, cond, uncond, guidance, interval, decode)
+            denoise = diffusion.denoiser(self, self.schedule, cond, uncond, guidance, interval, to_x0)
             z = diffusion.sample(denoise, self.schedule, randn(), steps, sampler, randn)
             return self.from_latents(z)
 
@@ -440,13 +450,16 @@ class Text2Mask(TextToImage):
     classes: [{"name", "isthing"}]; edges: whether codes have edges; rank: of LoRA's matrices, which are then
     what is trained, or None; the rest as TextToImage.
     """
+    stage = "text2mask"
 
     def __init__(self, unet, text, schedule, size, classes, edges=False, rank=None, vae=None, base=None):
         super().__init__(unet, text, schedule, size, vae, base)
         self.config.update(classes=classes, edges=edges, rank=rank)
-        colours = torch.from_numpy(palette(len(classes))).float() / 127.5 - 1
-        self.register_buffer("colours", colours, persistent=False)  # (K + 2, 3) in [-1, 1]
-        self.register_buffer("class_weights", torch.ones(len(colours)), persistent=False)
+        self.palette = torch.from_numpy(palette(len(classes))).float() / 127.5 - 1  # (K + 2, 3) in [-1, 1]
+        # The colours that it paints with. A small model keeps them with its weights: the classes of the
+        # shipped ones have changed their order since most of their training, and so their colours.
+        self.register_buffer("colours", self.palette.clone())
+        self.register_buffer("class_weights", torch.ones(len(self.palette)), persistent=False)
         if rank:
             self.add_lora(rank)
 
@@ -467,72 +480,82 @@ class Text2Mask(TextToImage):
     def from_base(cls, base, size, classes, edges=False, rank=None):
         """On a small base, or a Text2Mask of other classes: its weights, except those of the last
         convolution, which gives a logit per code. From a Text2Mask, the channels of void, of the edge and of
-        classes with the same name are copied."""
+        classes with the same name are copied; where there are as many classes, the others too, by position.
+        """
         unet = UNet(**dict(base.unet.config, out_channels=len(classes) + 2))
         diffusion.load_matching(unet, base.unet.state_dict())
+        model = cls(unet, base.text, base.schedule, size, classes, edges, rank)
         if isinstance(base, Text2Mask):
             copy_codes(base.unet.head[-1], unet.head[-1], 0, base.config["classes"], classes)
-        return cls(unet, base.text, base.schedule, size, classes, edges, rank)
+            if [c["name"] for c in classes] == [c["name"] for c in base.config["classes"]]:
+                model.colours.copy_(base.colours)
+        return model
 
     @property
     def checkpoint_part(self):
-        """What a checkpoint holds; the rest is in the base's folder."""
+        """What a checkpoint holds; the rest is in the base's folder. None: everything."""
         if self.vae and self.config["rank"]:
             return networks.lora_matrices(self.unet)
         return self.unet if self.vae else None
 
     def loss(self, net, batch, drop=DROP):
-        """Pixels: cross-entropy of the codes at a random noise level. SDXL: the diffusion loss of the colour
-        map's latents. A share `drop` of the captions is left out. net: this model, perhaps wrapped for
-        DDP."""
+        """Of a batch of CaptionedPairs. A share `drop` of the captions is left out. net: this model, perhaps
+        wrapped for DDP."""
         codes = batch["codes"]                        # (B, H, W)
         x0 = self.colours[codes].permute(0, 3, 1, 2)  # (B, 3, H, W): here masks become colours
         # Flat colours show through much noise, so train mostly there: 1 - u^2 is over a half for 7 of 10
         # samples. The cosine schedule has sigma = 1 in its middle, SDXL's has 1.6.
         u = torch.rand(len(codes), device=codes.device)
         t = ((1 - u ** 2) * self.schedule.T).long().clamp(max=self.schedule.T - 1)
-        z0 = self.to_latents(x0)                      # SDXL: (B, 4, h, w); else x0
-        noise = torch.randn_like(z0)
-        if self.vae:
-            noise = noise + NOISE_OFFSET * torch.randn_like(z0[:, :, :1, :1])
         keep = torch.rand(len(codes), device=codes.device) >= drop
-        tokens = drop_captions(batch["tokens"], keep)
+        cond = drop_captions(batch["tokens"], keep), batch["time_ids"]
         if self.vae:
-            return diffusion.loss(net, self.schedule, z0, tokens, batch["time_ids"], t=t, noise=noise)
-        x = self.schedule.add_noise(x0, noise, t)
-        logits = net(x, t, tokens, batch["time_ids"]).float()  # (B, K + 2, H, W)
+            return self.latent_loss(net, x0, t, cond)
+        return self.pixel_loss(net, x0, codes, t, cond)
+
+    def latent_loss(self, net, x0, t, cond):
+        """SDXL's: the diffusion loss of the colour map's latents."""
+        z0 = self.to_latents(x0)  # (B, 4, h, w)
+        noise = torch.randn_like(z0) + NOISE_OFFSET * torch.randn_like(z0[:, :, :1, :1])
+        return diffusion.loss(net, self.schedule, z0, *cond, t=t, noise=noise)
+
+    def pixel_loss(self, net, x0, codes, t, cond):
+        """Of the small models: the cross-entropy of the codes."""
+        x_t = self.schedule.add_noise(x0, torch.randn_like(x0), t)
+        logits = net(x_t, t, *cond).float()  # (B, K + 2, H, W)
         # Weight rare classes up in the loss, and add log(weight) to the logits so that the optimum is still
         # the true class probability (logit adjustment, 2007.07314).
         logits = logits + self.class_weights.log().view(-1, 1, 1)
         return F.cross_entropy(logits, codes, self.class_weights)
 
-    def expected_colours(self, logits):
-        """(B, K + 2, H, W) logits -> the expected colour map (B, 3, H, W) in [-1, 1]: x0 in pixel space."""
-        return torch.einsum("bkhw,kc->bchw", logits.softmax(1), self.colours)
-
-    def sample(self, captions, seeds, steps=STEPS["text2mask"][0], guidance=GUIDANCE["text2mask"][0],
-               sampler="dpm++", size=None, maps=False, interval=ALWAYS, time_ids=None):
-        """B captions and seeds -> (B, H, W) uint8 codes; with maps also the colour maps (B, H, W, 3) in
-        [0, 255] that they are read from. time_ids: as in `generate`; guidance, interval: as in
-        diffusion.denoiser.
+    def sample(self, captions, seeds, size=None, maps=False, time_ids=None, **sampling):
+        """B captions and seeds -> (B, H, W) uint8 codes; with maps also their colour maps (B, H, W, 3) in
+        [0, 255], in the palette's colours. time_ids: as in `generate`; sampling: what differs from
+        `default_sampling`.
 
         A code is the likeliest colour of the last step; with SDXL, what `decode` reads in the picture.
         """
         last = None  # the logits of the sampler's last call: they give the codes
 
-        def decode_logits(logits):
+        def to_x0(logits):
             nonlocal last
             last = logits  # (B, K + 2, H, W)
-            return self.expected_colours(logits)
-        x0 = self.generate(captions, seeds, steps, guidance, sampler, size, interval=interval,
-                           decode=None if self.vae else decode_logits, time_ids=time_ids)
+            return expected_colours(logits, self.colours)
+        x0 = self.generate(captions, seeds, size=size, to_x0=None if self.vae else to_x0, time_ids=time_ids,
+                           **self.default_sampling | sampling)
         if self.vae:
             K = len(self.config["classes"])
             codes = np.stack([decode(colours, K) for colours in to_pixels(x0)])
         else:
             codes = last.argmax(1).to(torch.uint8).cpu().numpy()
+            x0 = expected_colours(last.cpu(), self.palette)
         colour_maps = (x0.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5
         return (codes, colour_maps) if maps else codes
+
+
+def expected_colours(logits, colours):
+    """(B, K + 2, H, W) logits of codes with colours (K + 2, 3) -> the expected colour map (B, 3, H, W)."""
+    return torch.einsum("bkhw,kc->bchw", logits.softmax(1), colours)
 
 
 @torch.no_grad()
@@ -541,8 +564,9 @@ def copy_codes(old, new, dim, old_classes, new_classes):
 
     dim: that of the codes in the weights; 0: the convolution gives them, 1: it reads them.
     """
+    # The label of each code: its class's name; 0 and 1, which are no names, for void and the edge.
     old_labels, new_labels = ([0, *(c["name"] for c in classes), 1] for classes in (old_classes, new_classes))
-    for k, label in enumerate(new_labels):  # 0 is void, 1 the edge
+    for k, label in enumerate(new_labels):
         if label in old_labels:
             source = old_labels.index(label)
             new.weight.select(dim, k).copy_(old.weight.select(dim, source))
@@ -550,10 +574,10 @@ def copy_codes(old, new, dim, old_classes, new_classes):
                 new.bias[k] = old.bias[source]
 
 
-def count_codes(data, codes, most=500):
-    """How many pixels each code has in up to `most` masks of a CaptionedPairs, evenly apart -> (codes,)."""
+def count_codes(data, K, most=500):
+    """How many pixels each code has in up to `most` masks of a CaptionedPairs, evenly apart -> (K + 2,)."""
     items = (data[i, 0]["codes"] for i in spread(len(data), most))
-    return sum(torch.bincount(item.ravel(), minlength=codes) for item in items)
+    return sum(torch.bincount(item.ravel(), minlength=K + 2) for item in items)
 
 
 def class_weights(counts):
@@ -605,7 +629,7 @@ def apply_recipe(args):
     None.
     """
     args.sdxl = None
-    if args.init and networks.is_sdxl(args.init):
+    if args.init and networks.is_pipeline(args.init):
         args.sdxl = args.init = args.init.resolve()  # absolute: the checkpoint stores this path
     elif args.init and not args.init.exists():
         raise ValueError(f"{args.init}: no such folder. Give one of mask2img.py base, or SDXL's, which "
@@ -631,7 +655,7 @@ def choose_size(args, pairs):
 
 def find_weights(data, stage, given=None):
     """The folder given, else what was trained in out/NAME/STAGE, else the shipped weights of this data, else
-    out/NAME/STAGE, where they are missed."""
+    out/NAME/STAGE again, for the error to name."""
     trained = Path("out") / dataset_name(data) / stage
     shipped = ROOT / "weights" / dataset_name(data) / stage
     if given:
@@ -639,39 +663,39 @@ def find_weights(data, stage, given=None):
     return shipped if shipped.is_dir() and not diffusion.checkpoint_file(trained).exists() else trained
 
 
-def default_sampling(model, stage):
-    """The steps and guidance of a Text2Mask or Mask2Img (stage): of a small model, or of one on SDXL."""
-    on_sdxl = model.vae is not None
-    return dict(steps=STEPS[stage][on_sdxl], guidance=GUIDANCE[stage][on_sdxl])
-
-
 def sampler_flags(parser, stage, prefix=""):
     """How a Text2Mask or Mask2Img (stage) is sampled. `choose_sampling` sets what is not given."""
-    add, what = parser.add_argument, {"text2mask": "a mask", "mask2img": "an image"}[stage]
+    what = {"text2mask": "a mask", "mask2img": "an image"}[stage]
+    flag = "--" + prefix.replace("_", "-")
+    add = parser.add_argument
 
-    def default(values):
-        return "(default: {}; on SDXL {})".format(*values[stage])
-    add(f"--{prefix}steps", type=number(int, 1), help=f"sampling steps of {what} {default(STEPS)}")
-    add(f"--{prefix}guidance", type=number(float, 0),
-        help=f"classifier-free guidance of {what}; 1 = none {default(GUIDANCE)}")
-    add(f"--{prefix}guidance-interval", type=number(float, 0), nargs=2, metavar=("LOW", "HIGH"),
-        help=f"guide {what} only at noise levels (sigma) between these (default: all, which are 0 to 80, on "
-             "SDXL 0 to 14.6)")
-    add(f"--{prefix}sampler", choices=tuple(SAMPLERS), default="dpm++",
-        help=f"of {what}; edm evaluates the network twice a step and adds fresh noise")
-    add(f"--{prefix}base", type=Path, help=f"folder of SDXL, or of a distilled SDXL, to paint {what} with "
+    def default(key):
+        return "(default: {}; on SDXL {})".format(*(sampling[key] for sampling in SAMPLING[stage]))
+    add(f"{flag}steps", type=number(int, 1), help=f"sampling steps of {what} {default('steps')}")
+    add(f"{flag}guidance", type=number(float, 0),
+        help=f"classifier-free guidance of {what}; 1 = none {default('guidance')}")
+    add(f"{flag}guidance-interval", dest=f"{prefix}interval", type=number(float, 0), nargs=2,
+        metavar=("LOW", "HIGH"), help=f"guide {what} only at noise levels (sigma) between these, of 0 to 80, "
+        f"on SDXL 0 to 14.6 {default('interval')}")
+    add(f"{flag}sampler", choices=tuple(SAMPLERS),
+        help=f"of {what}; edm evaluates the network twice a step and adds fresh noise {default('sampler')}")
+    add(f"{flag}base", type=Path, help=f"folder of SDXL, or of a distilled SDXL, to paint {what} with "
         "(default: the one of the training)")
 
 
-def choose_sampling(args, model, stage, prefix=""):
-    """Set the flags of `sampler_flags` that were not given to the model's defaults: small, or on SDXL."""
-    defaults = {prefix + key: value for key, value in default_sampling(model, stage).items()}
-    defaults[f"{prefix}guidance_interval"] = ALWAYS
-    if stage == "text2mask":
+def choose_sampling(args, model, prefix=""):
+    """Set the flags of `sampler_flags` and `region_flag` that were not given to the model's defaults."""
+    defaults = {prefix + key: value for key, value in model.default_sampling.items()}
+    if model.stage == "text2mask":
         defaults["min_region"] = MIN_REGION[model.vae is not None]
     for key, value in defaults.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
+
+
+def chosen_sampling(args, prefix=""):
+    """The flags of `sampler_flags`, but for the base, as arguments of a model's `sample`."""
+    return {key: getattr(args, prefix + key) for key in ("steps", "guidance", "interval", "sampler")}
 
 
 def region_flag(parser):
@@ -776,7 +800,7 @@ def train(args):
     pairs.keep()
     data = CaptionedPairs(pairs, args.size, model.text.tokenize, edge_width=model.edge_width,
                           sizes=painted_sizes(model, pairs, pairs.names))
-    counts = count_codes(data, len(pairs.classes) + 2)
+    counts = count_codes(data, len(pairs.classes))
     if not model.vae:
         model.class_weights = class_weights(counts)
     if rank == 0:
@@ -787,7 +811,7 @@ def train(args):
         captions = [pairs.captions(i)[0] for i in chosen]
         colours = palette(len(pairs.classes))
         real = [colours[data[i, 0]["codes"].numpy()] for i in chosen]
-        codes = model.sample(captions, range(len(captions)), **default_sampling(model, "text2mask"))
+        codes = model.sample(captions, range(len(captions)))
         sampled = list(colours[codes])
         contact_sheet({"real": real, "sample": sampled}, captions, pairs.classes).save(path)
     base = args.sdxl or "BASE"
@@ -801,10 +825,9 @@ def sample_mask(args):
     """Paint the mask of one caption -> OUT/{mask,colours,legend}.png."""
     device, _, _ = diffusion.setup(args.device)
     model = diffusion.load(Text2Mask, find_weights("shapes", "text2mask", args.init), device, args.base)
-    choose_sampling(args, model, "text2mask")
+    choose_sampling(args, model)
     classes = model.config["classes"]
-    codes = model.sample([args.prompt], [seed_of(args.seed)], args.steps, args.guidance, args.sampler,
-                         args.size, interval=args.guidance_interval)
+    codes = model.sample([args.prompt], [seed_of(args.seed)], args.size, **chosen_sampling(args))
     isthing = [c["isthing"] for c in classes]
     ids, instances = segments(codes[0], isthing, args.min_region)
     colours = encode(ids, len(classes))

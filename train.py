@@ -54,15 +54,15 @@ from tqdm import tqdm
 
 from data.pairs import (CROWD, ROOT, FlagParser, PairFolder, category, check_classes, contact_sheet,
                         count_classes, dataset_name, describe_classes, find_split, has_left_or_right,
-                        image_id, link, number, outline, palette, picture_size, read_json, remove_temporary,
-                        run, some_sizes, spread, unfinished, write_json, write_mask, write_picture,
-                        write_text)
+                        image_id, is_shapes, link, number, outline, palette, picture_size, read_json,
+                        remove_temporary, run, some_sizes, spread, unfinished, write_json, write_mask,
+                        write_picture, write_text)
 from diffusion import (RunFolder, accumulate_gradients, check_output, compile_blocks, load_strict,
                        peak_memory, precision, seed_of, setup, weights_hash, wrap)
 from mask2former import (BLOCKS, PRESETS, TASKS, Mask2Former, average_count, class_scores, final_predictions,
                          load, postprocess, predict, save, swin_name, targets, weight_files)
 
-# What a recipe decides. A flag of the same name overrides it.
+# What a recipe decides. Flags override preset, steps, lr, size, eval_every and workers.
 #   step_images  of all ranks and micro-batches together
 #   size   (H, W) of the training crops; None: the median of the real images
 #   sides  of evaluated images in the network: the shorter one's length, the longer one's limit; None: as is
@@ -82,8 +82,8 @@ RECIPES = {
 # What a training crop shows, in words
 CROPS = {
     "tiny": "half to all of a picture",
-    "ade20k": "of a picture at half to twice that size",
-    "coco": "of a picture scaled by 0.1 to 2",
+    "ade20k": "of pictures whose shorter side is 0.5 to 2 crops long",
+    "coco": "of pictures at 0.1 to 2 times the size that fits the crop",
 }
 SCORE = {"semantic": "mIoU", "panoptic": "PQ", "instance": "AP"}      # the number that a task is judged by
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)                            # of the paper's multi-scale numbers
@@ -105,7 +105,8 @@ def augmentation(recipe, height, width, mirrors=True):
         jitter = v2.ScaleJitter((width, height), (0.1, 2.0))          # torchvision takes it as (W, H)
         return v2.Compose([flip, jitter, crop])
     if recipe == "ade20k":
-        scale = v2.RandomShortestSize([int(height * 0.1 * n) for n in range(5, 21)], 4 * height)
+        sides = [int(height * 0.1 * n) for n in range(5, 21)]         # 0.5, 0.6, ... 2 crops
+        scale = v2.RandomShortestSize(sides, 4 * height)
         spans = dict(brightness=(0.875, 1.125), contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=0.1)
         jitters = [v2.ColorJitter(**{kind: span}) for kind, span in spans.items()]
         return v2.Compose([flip, scale, crop, *(v2.RandomApply([jitter]) for jitter in jitters)])
@@ -120,7 +121,7 @@ def median_size(pairs):
     return height, width
 
 
-@functools.lru_cache(2)
+@functools.lru_cache(2)                                              # a batch may be in two passes
 def real_order(length, seed, epoch):
     """The order of the real samples in pass number `epoch`."""
     generator = torch.Generator().manual_seed(seed_of(seed, epoch, "order"))
@@ -182,7 +183,8 @@ class Batches(Dataset):
         return image.as_subclass(torch.Tensor), target
 
     def choose(self, n, i):
-        """Where sample i of micro-batch n comes from -> PairFolder, index."""
+        """Where sample i of micro-batch n comes from -> PairFolder, index. Draws from torch's generator,
+        which `__getitem__` has seeded."""
         p = self.p_synth
         if self.pretrain:
             p = 1.0 if 2 * n < len(self) else 0.0
@@ -224,7 +226,8 @@ def rate(schedule, step, steps, warmup):
     rising = min(1.0, (step + 1) / (warmup + 1))
     if schedule == "poly":
         return rising * (1 - step / steps) ** 0.9
-    if schedule == "steps":                                           # where the original drops its rate
+    if schedule == "steps":
+        # The original drops its rate at these of 368,750 steps; here it drops at the same shares.
         drops = [n for n in (327_778, 355_092) if step * 368_750 >= n * steps]
         return rising * 0.1 ** len(drops)
     return rising * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -238,7 +241,7 @@ def step_gradients(net, criterion, micro_batches, device):
 
     A mask loss is a mean over the masks of the step, so all micro-batches are divided by the same number.
     """
-    # accumulate_gradients divides by the number of micro-batches too, so a mask counts 1 / masks of the step.
+    # The masks of an average micro-batch: accumulate_gradients divides by the number of micro-batches.
     masks = sum(len(target["labels"]) for _, truth in micro_batches for target in truth)
     num_masks = average_count(masks, device) / len(micro_batches)
     parts = Counter()
@@ -266,7 +269,8 @@ def train(model, batches, out, cfg, device, compile=False, workers=0, measure=No
     another run or the loss is not finite; the last good state stays.
     """
     rank, steps, accumulate = batches.rank, cfg["steps"], cfg["accumulate"]
-    optimiser = make_optimiser(model.train(), cfg["lr"])
+    model.train()
+    optimiser = make_optimiser(model, cfg["lr"])
     folder = RunFolder(out, cfg, rank, model=model, optimiser=optimiser)
     first = folder.resume()
     if first >= steps:
@@ -316,9 +320,10 @@ def train(model, batches, out, cfg, device, compile=False, workers=0, measure=No
 def compiled_copy(model):
     """A copy of a model, on the same parameters, whose repeated blocks are compiled. Equal blocks share the
     code, so this takes less than half as long as compiling the whole network."""
+    # deepcopy takes {id: its copy} of what is copied already: each tensor counts as its own copy.
     shared = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
     net = copy.deepcopy(model, shared)
-    compile_blocks(net, BLOCKS, dynamic=False)              # all crops have one size
+    compile_blocks(net, BLOCKS, dynamic=False)                        # all crops have one size
     return net
 
 
@@ -615,7 +620,7 @@ def read_batches(pairs, indices, most):
             yield batch
 
 
-def resize(images, short, longest):
+def fit_sides(images, short, longest):
     """images (B, 3, H, W), the shorter side at `short`, or less where the longer one would pass `longest`."""
     H, W = images.shape[2:]
     scale = min(short / min(H, W), longest / max(H, W))
@@ -636,8 +641,8 @@ def segment(model, images, classes, tasks, sides=None, multi_scale=False):
     """Yield {task: (ids, instances, segments)} of each of images (B, 3, H, W) uint8, at their own size.
 
     classes      of the data, whose class ids are those of the results
-    sides        (short, longest) inside the network, see `resize`; None: as they are
-    multi_scale  average six sizes and their mirror images; for semantic segmentation only
+    sides        (short, longest) inside the network, see `fit_sides`; None: as they are
+    multi_scale  average six sizes around `short` and their mirror images; for semantic segmentation only
     """
     size, ids = images.shape[2:], list_class_ids(model, classes)
     x = images.to(next(model.parameters()).device) / 255
@@ -647,7 +652,7 @@ def segment(model, images, classes, tasks, sides=None, multi_scale=False):
             yield {task: to_arrays(*predict(model, image, task, short, SCALES, flip), ids) for task in tasks}
         return
     isthing = [classes[k - 1]["isthing"] for k in ids]
-    for prediction in final_predictions(model, resize(x, *sides) if sides else x):
+    for prediction in final_predictions(model, fit_sides(x, *sides) if sides else x):
         yield {task: to_arrays(*postprocess(prediction, size, task, isthing), ids) for task in tasks}
 
 
@@ -815,9 +820,10 @@ def spelling(name):
 
 # ---- filtering ---------------------------------------------------------------------------------------------
 # As in FreeMask (2310.15160). A synthetic image does not show everywhere what its mask says. A segmenter
-# trained on real pairs, the judge, finds such pixels: its loss there is far above the mean of their class.
+# trained on real pairs, the judge, finds such pixels: its loss there is over TOLERANCE times the mean loss of
+# their class.
 
-TOLERANCE = 1.25       # FreeMask's: a pixel is filtered if its loss is over this many times its class's mean
+TOLERANCE = 1.25       # FreeMask's
 
 
 @torch.no_grad()
@@ -831,10 +837,11 @@ def pixel_losses(model, pairs, sides=None):
     indices = tqdm(range(len(pairs)), f"judge {pairs.folder.name}", leave=False)
     for batch in read_batches(pairs, indices, 1 if sides else 16):
         x = torch.stack([to_tensor(pair["image"]) for _, pair in batch]).to(device) / 255
-        predictions = final_predictions(model, resize(x, *sides) if sides else x)
+        predictions = final_predictions(model, fit_sides(x, *sides) if sides else x)
         for (i, pair), prediction in zip(batch, predictions):
             label = torch.tensor(pair["ids"], device=device).long() - 1      # (H, W), void -1
             scores = class_scores(prediction, label.shape).clamp(min=1e-30)  # (K, H, W); not 0
+            # Its softmax divides by the sum: softmax(log s) = s / sum(s).
             loss = F.cross_entropy(scores.log()[None], label[None], ignore_index=-1, reduction="none")
             yield i, pair["ids"], loss[0].cpu().numpy()
 
@@ -944,7 +951,7 @@ def flags():
     add = parser.add_argument
     add("--seed", type=number(int, 0), default=0, help="another seed, another run")
     add("--eval-every", type=number(int, 0), metavar="STEPS", help="evaluate on val so often, and keep the "
-        "best weights as best.safetensors; 0: only at the end")
+        "best weights as best.safetensors; 0: only at the end, of the last weights")
     add = parser.add_argument_group("filtering without training").add_argument
     add("--judge", type=Path, metavar="W", help="a segmenter trained on real pairs (train.py --synth): a "
         "checkpoint, as --init takes it")
@@ -995,7 +1002,7 @@ def parse(parser, argv):
 
 def synthetic_folders(args):
     """The synthetic folders to train on. Rank 0 makes what the built-in data lacks; the other ranks wait."""
-    if args.synth is not None or args.data != "shapes":
+    if args.synth is not None or not is_shapes(args.data):
         return args.synth or []
     folders = [Path("out/shapes/masksyn"), Path("out/shapes/imgsyn")]
     for folder in folders if args.rank == 0 else []:
@@ -1043,15 +1050,15 @@ def open_data(args):
 
 
 def settings(args, real, synth):
-    """All that decides the result of a run, as JSON values: the recipe, the flags over it, the data."""
+    """What decides the last weights of a run, as JSON values: the recipe, the flags over it, the data."""
     recipe = RECIPES[args.recipe]
     cfg = recipe | {key: value for key, value in vars(args).items() if key in recipe and value is not None}
-    del cfg["eval_every"], cfg["workers"]                             # decide nothing
-    del cfg["step_images"]                                            # constant: see micro_batch
+    del cfg["eval_every"], cfg["workers"]                             # do not change these weights
+    del cfg["step_images"]                                            # the recipe's: see micro_batch
     cfg["batch"] = args.batch
     if cfg["size"] is None:                                           # up to the network's stride
         stride = 16 if cfg["preset"] == "tiny" else 32
-        cfg["size"] = [-(-side // stride) * stride for side in median_size(real)]
+        cfg["size"] = [math.ceil(side / stride) * stride for side in median_size(real)]
     for key in ("recipe", "task", "accumulate", "p_synth", "pretrain", "seed", "world"):
         cfg[key] = getattr(args, key)
     if args.queries:
@@ -1102,7 +1109,7 @@ def describe_run(args, cfg, model, real, synth, out):
         f"{out}: {pairs}",
         f"{args.device}, {precision(args.device)}, {model.config['backbone']} of {millions:.1f} M "
         f"parameters, {cfg['steps']} steps of {images} images",
-        f"crops of {w} x {h}, {CROPS[cfg['recipe']]} (which is about {W} x {H})",
+        f"crops of {w} x {h}, {CROPS[cfg['recipe']]}; pictures are about {W} x {H}",
         *describe_leaks(real, synth)])
 
 
@@ -1149,7 +1156,7 @@ def run_training(args, real, splits):
     cfg = settings(args, real, synth)
     model = train_segmenter(args, cfg, real, synth, args.out, measure, eval_every)
 
-    # A training measures the weights that it ends with, so only the other splits are left.
+    # Only the splits are left that the training has not measured with its last weights.
     others = {name: pairs for name, pairs in splits.items() if name not in scores}
     scores |= evaluate_splits(args, model, others)
     if args.rank == 0:

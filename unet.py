@@ -16,6 +16,9 @@ connections and middle:
                          |             |                       |
     ControlNet  x --> conv_in + map --> down blocks --> mid block
 
+Small models work on patches of pixels and end in a head at full resolution, to which the ControlNet adds too
+(`UNet.refine`).
+
 Attribute names are the key names of the public checkpoints: official weights load with a strict
 `load_state_dict`, and ours open in the public libraries. The small models of the built-in data are the same
 classes with other arguments: see PRESETS. A context need not be text. A model of ten classes is three lines:
@@ -26,8 +29,8 @@ classes with other arguments: see PRESETS. A context need not be text. A model o
 
 Paper: SDXL (2307.01952), ControlNet (2302.05543), CLIP (2103.00020), LoRA (2106.09685); SegGen (2311.03355)
        fine-tunes SDXL.
-Differs: small models work on patches of pixels, with a full-resolution head, and read hashed words, not
-       tokens of a vocabulary. Public ControlNets of other depths than SDXL's are refused.
+Differs: small models have patches and a head, and read hashed words, not tokens of a vocabulary. Public
+       ControlNets of other depths than SDXL's are refused.
 Reads: folders in the public layout (config.json, safetensors, a tokenizer's files).  Writes: nothing.
 Needs: no sibling file.
 
@@ -60,6 +63,7 @@ PRESETS = {
                      cross_attention_dim=128, addition_time_embed_dim=16,
                      projection_class_embeddings_input_dim=128 + 6 * 16, norm_num_groups=16,
                      patch_size=4, head_channels=32),
+        # Mask2Img gives the ControlNet a channel per code instead of 3 colours.
         "controlnet": dict(conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 96)),
         "text": dict(width=128, layers=2, heads=4, length=48, rows=512),
     },
@@ -154,7 +158,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(dim, dim, bias=bias)
         self.to_k = nn.Linear(context_dim, dim, bias=bias)
         self.to_v = nn.Linear(context_dim, dim, bias=bias)
-        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))  # its key is to_out.0
 
     def forward(self, x, context):
         h = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads)
@@ -185,7 +189,7 @@ class TransformerBlock(nn.Module):
             self.norm2 = nn.LayerNorm(dim)
             self.attn2 = Attention(dim, heads, context_dim)
         self.norm3 = nn.LayerNorm(dim)
-        dropout = nn.Identity()  # the public net has one here, of rate 0
+        dropout = nn.Identity()  # the public net has one here, of rate 0: the next key is net.2
         self.ff = nn.ModuleDict({"net": nn.Sequential(GEGLU(dim, 4 * dim), dropout, nn.Linear(4 * dim, dim))})
 
     def forward(self, x, context):
@@ -301,7 +305,7 @@ class MidBlock(Block):
 class UpBlock(Block):
     """A residual block for each skip, which it reads beside its input; then twice the resolution.
 
-    skip_channels: a list; zeros where there are no skips (the VAE). options: Block's."""
+    skip_channels: the width of each skip; 0 where there is none, in the VAE. options: Block's."""
 
     def __init__(self, in_channels, out_channels, skip_channels, upsample, **options):
         inputs = [in_channels] + [out_channels] * (len(skip_channels) - 1)
@@ -490,7 +494,9 @@ def zero_conv(channels):
 
 
 class ConditioningEmbedding(nn.Module):
-    """A colour map (B, 3, H, W) in [0, 1] -> (B, C, h, w), the UNet's grid: each further width halves it."""
+    """A mask (B, in_channels, H, W) in [0, 1] -> (B, C, h, w), the UNet's grid.
+
+    Each width but the first halves it: a UNet of patches or latents 2^n pixels wide needs n + 1 widths."""
 
     def __init__(self, in_channels, widths, out_channels):
         super().__init__()
@@ -508,10 +514,10 @@ class ConditioningEmbedding(nn.Module):
 
 
 class ControlNet(Encoder):
-    """A copy of a UNet's encoder that sees a colour map; its zero convolutions add nothing until trained.
+    """A copy of a UNet's encoder that sees a mask; its zero convolutions add nothing until trained.
 
-    conditioning_channels                 of the colour map
-    conditioning_embedding_out_channels   widths of ConditioningEmbedding; each but the first halves the map
+    conditioning_channels                 of the mask: 3 for a colour map
+    conditioning_embedding_out_channels   widths of ConditioningEmbedding
     and Encoder's arguments"""
 
     def __init__(self, conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 96, 256),
@@ -539,8 +545,9 @@ class ControlNet(Encoder):
         return net
 
     def forward(self, x, t, context=None, pooled=None, time_ids=None, cond=None, scale=1.0):
-        """As UNet's; cond: colour map (B, 3, H, W) in [0, 1] at the picture's full size -> residuals for the
-        UNet: (one for each skip, one for the middle, one for the head or None), all times `scale`."""
+        """As UNet's; cond: the mask (B, conditioning_channels, H, W) in [0, 1] at the picture's full size ->
+        residuals for the UNet: (one for each skip, one for the middle, one for the head or None), all times
+        `scale`."""
         dtype = self.conv_in.weight.dtype
         x, cond = x.to(dtype), cond.to(dtype)
         time = self.embed(t, pooled, time_ids)        # (B, T)
@@ -578,11 +585,10 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(net, rank):
-    """Freeze a UNet and add trainable fp32 matrices of that rank beside the linear layers of its attentions
-    -> the UNet.
+    """LoRA (2106.09685): freeze a UNet and add trainable fp32 matrices of that rank beside the linear layers
+    of its attentions -> the UNet.
 
-    Its own weights keep their keys. Its output stays the same until the matrices are trained. LoRA
-    (2106.09685)."""
+    Its own weights keep their keys. Its output stays the same until the matrices are trained."""
     net.requires_grad_(False)
     for name, layer in list(net.named_modules()):
         if name.endswith(LORA_LAYERS):
@@ -638,7 +644,7 @@ class TextEncoder(nn.Module):
     An empty caption is all padding and gives zeros. That is the null condition: training replaces some
     captions by it, so that one network also learns to predict without a caption, as guidance needs."""
 
-    def __init__(self, width=96, layers=2, heads=4, length=48, rows=1024):
+    def __init__(self, width=128, layers=2, heads=4, length=48, rows=512):
         super().__init__()
         self.config = dict(width=width, layers=layers, heads=heads, length=length, rows=rows)
         self.token = nn.Embedding(rows, width)
@@ -700,13 +706,15 @@ class PixelAttention(Attention):
         super().__init__(channels, heads=1, context_dim=channels, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
 
-    def forward(self, x, context=None):
+    def forward(self, x, context=None):  # context: MidBlock gives one, unused
         h = rearrange(self.group_norm(x), "b c h w -> b (h w) c")  # (B, N, C)
         h = super().forward(h, h)
         return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
 
 
 class VAEMidBlock(MidBlock):
+    """A MidBlock whose attention is the VAE's; MidBlock's own, of depth 0, is none."""
+
     def __init__(self, channels, groups):
         super().__init__(channels, groups=groups)
         self.attentions.append(PixelAttention(channels, groups))
@@ -1117,8 +1125,9 @@ def read_part(cls, folder, device="cpu", dtype=torch.float32):
     return net.eval()
 
 
-def is_sdxl(folder):
-    """Whether a folder is in the layout of the public pipelines (several networks, one folder each)."""
+def is_pipeline(folder):
+    """Whether a folder is in the layout of the public pipelines: several networks, one folder each. Whether
+    it is SDXL's is for `check_sdxl` to say."""
     folder = pathlib.Path(folder)
     return (folder / "model_index.json").exists() or (folder / "unet" / "config.json").exists()
 

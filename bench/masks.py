@@ -33,8 +33,8 @@ import diffusion
 from data.pairs import (FlagParser, PairFolder, check_classes, find_split, number, palette, read_json, run,
                         write_json)
 from diffusion import seed_of
-from text2mask import (Text2Mask, choose_sampling, components, find_weights, sampling_flags, segments,
-                       words_of)
+from text2mask import (Text2Mask, choose_sampling, chosen_sampling, components, find_weights, sampling_flags,
+                       segments, words_of)
 
 SPECK = 8                      # regions under so many pixels
 OFF_COLOUR = 20                # grey levels from the nearest colour of the palette
@@ -232,8 +232,7 @@ def check_samples(model, pairs, words, complete, args):
         captions = [pairs.captions(i)[0] for i in part]
         seeds = [seed_of(args.seed, pairs.names[i]) for i in part]
         start = time.perf_counter()
-        codes, maps = model.sample(captions, seeds, args.steps, args.guidance, args.sampler, maps=True,
-                                   interval=args.guidance_interval)      # (B, H, W), (B, H, W, 3)
+        codes, maps = model.sample(captions, seeds, maps=True, **chosen_sampling(args))
         seconds += time.perf_counter() - start
         for code, colour_map, caption in zip(codes, maps, captions):
             ids, instances = segments(code, isthing, args.min_region)
@@ -280,7 +279,7 @@ def main(argv=None):
     else:
         model = diffusion.load(Text2Mask, find_weights(args.data, "text2mask", args.init), device)
         check_classes(real.classes, model.config["classes"], real.folder / "classes.json")
-        choose_sampling(args, model, "text2mask")
+        choose_sampling(args, model)
         rows, seconds = check_samples(model, real, words, complete, args)
         beside = check_pairs(real, words, complete)
         print(f"{len(rows)} masks of captions of {real.folder}, beside its own; "

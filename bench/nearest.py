@@ -1,9 +1,10 @@
-"""Do synthetic images repeat training photos? Each one's distance to the nearest of them.
+"""Do synthetic pairs repeat training pairs? Each one's distance to the nearest of them.
 
 Images are compared as thumbnails, so that a copy with other details counts as a copy: the distance is the
 root mean square of their difference, in grey levels. Photos of val, which no generator saw, show what
 distance is natural. A generator that memorises paints images that are nearer to a training photo than those
 of val are. ImgSyn's images are nearer too, to the photo of their own mask, whose layout they share.
+Masks are compared by the share of their pixels in which the most similar training mask has the same class.
 
 Reads:   --pairs, a synthetic folder; the train split of --data, or another one that the generators saw; val.
 Writes:  --out: a picture of the synthetic images that are nearest to a photo, each beside it.
@@ -11,7 +12,7 @@ Needs:   data/pairs.py.
 
     python bench/nearest.py --data shapes --pairs out/shapes/masksyn
 
-Dimension key: N images, P values of a thumbnail.
+Dimension key: N images or masks, P values of a thumbnail, M training images.
 """
 import sys
 from pathlib import Path
@@ -34,6 +35,18 @@ def thumbnails(pairs):
     return np.stack(small).astype(np.float32).reshape(len(small), -1)
 
 
+def layouts(pairs):
+    """A PairFolder of ids -> (N, P) uint8, masks of 4 SIDE x 4 SIDE pixels."""
+    small = [Image.fromarray(pairs.read(i)["ids"]).resize((4 * SIDE, 4 * SIDE), Image.Resampling.NEAREST)
+             for i in range(len(pairs))]
+    return np.stack(small).reshape(len(small), -1)
+
+
+def agreement(masks, seen):
+    """(N, P), (M, P) ids -> for each mask, the most % of its pixels that one of `seen` shares, (N,)."""
+    return np.array([100 * (seen == mask).mean(1).max() for mask in masks])
+
+
 def nearest(images, photos):
     """(N, P), (M, P) -> the distance (N,) of each image to the nearest photo, and which it is (N,)."""
     squares = (images ** 2).sum(1)[:, None] - 2 * images @ photos.T + (photos ** 2).sum(1)
@@ -50,16 +63,21 @@ def main(argv=None):
     add("--pairs", type=Path, required=True, help="a synthetic pair folder")
     add("--out", type=Path, default=Path("out/nearest.png"), help="the picture")
     args = parser.parse_args(argv)
-    seen = PairFolder(find_split(args.data, args.split), ("image",), limit=args.limit)
-    photos, synthetic = thumbnails(seen), PairFolder(args.pairs, ("image",))
-    natural, _ = nearest(thumbnails(PairFolder(find_split(args.data, "val"), ("image",))), photos)
+    parts = ("image", "ids")
+    seen = PairFolder(find_split(args.data, args.split), parts, limit=args.limit)
+    val, synthetic = PairFolder(find_split(args.data, "val"), parts), PairFolder(args.pairs, parts)
+    photos, masks = thumbnails(seen), layouts(seen)
+    natural, _ = nearest(thumbnails(val), photos)
     distance, which = nearest(thumbnails(synthetic), photos)
     limit = np.percentile(natural, CLOSE)
-    for name, values in (("val", natural), (str(args.pairs), distance)):
+    for name, values, pairs in (("val", natural, val), (str(args.pairs), distance, synthetic)):
         low, middle = np.percentile(values, (CLOSE, 50))
         share = 100 * (values < limit).mean()
         print(f"{name}: {low:.1f} grey levels at {CLOSE} %, {middle:.1f} at 50 %; {share:.1f} % are "
               f"nearer to a photo than {limit:.1f}")
+        middle, high = np.percentile(agreement(layouts(pairs), masks), (50, 100 - CLOSE))
+        print(f"{name}: the most similar training mask has the same class in {middle:.1f} % of a mask's "
+              f"pixels (median; {high:.1f} % in the {CLOSE} % most similar masks)")
     closest = distance.argsort()[:SHOWN]
     rows = {"synthetic": [synthetic.read(i)["image"] for i in closest],
             "photo": [seen.read(which[i])["image"] for i in closest]}

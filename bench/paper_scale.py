@@ -145,18 +145,18 @@ def generators(args, folder):
     if "24gb" in args.what:
         time_training(args, "Text2Mask, rank 8", on_sdxl(Text2Mask, folder, args, rank=8), 1, 4)
         time_training(args, "Mask2Img", on_sdxl(Mask2Img, folder, args), 1, 4)
-    for Model, stage in ((Text2Mask, "text2mask"), (Mask2Img, "mask2img")):
+    for Model in Text2Mask, Mask2Img:
         name = Model.__name__
         for compile in args.compiled if "train" in args.what else ():
             time_training(args, name, on_sdxl(Model, folder, args), args.batch, 1, compile)
         if "sample" not in args.what:
             continue
         model = to_sample(on_sdxl(Model, folder, args), args)
-        plain = text2mask.default_sampling(model, stage)
+        plain = model.default_sampling
         steps = f"{plain['steps']} steps"
         time_sampling(args, f"{name}, {steps}", model, args.batch, **plain)
-        time_sampling(args, f"{name}, {steps}, guided for sigma 0.3 to 5", model, args.batch, **plain,
-                      interval=(0.3, 5))
+        middle = plain | dict(interval=(0.3, 5))
+        time_sampling(args, f"{name}, {steps}, guided for sigma 0.3 to 5", model, args.batch, **middle)
         fast = dict(steps=4, guidance=1.0, sampler="euler")
         time_sampling(args, f"{name}, 4 steps of a distilled base", model, args.batch, **fast)
         model.to(memory_format=torch.channels_last)

@@ -15,7 +15,7 @@ ids). Below that stands what every script shares: the atomic write, pictures to 
 Paper:  SegGen (2311.03355). The palette is measured in the authors' published pictures: ADE20K's wall is
         (0, 0, 51), building (0, 0, 102), ceiling (51, 0, 0); COCO's edge has the code 134.
 Reads:  data/NAME/{train,val,...} or any folder of that layout.   Writes: pair folders, pictures.
-Needs:  no sibling file; numpy and Pillow.
+Needs:  no sibling file (to make the built-in data, data/shapes/prepare); numpy and Pillow.
 
     from data.pairs import PairFolder
     pairs = PairFolder("data/shapes/train")
@@ -143,7 +143,7 @@ def has_left_or_right(classes):
 
 
 def list_names(folder, endings):
-    """{name without ending: name} of a folder's files with one of these endings, sorted, none hidden."""
+    """{name without ending: file name} of a folder's files with one of these endings, sorted, none hidden."""
     files = {}
     listed = os.listdir(folder) if os.path.isdir(folder) else []
     for file in sorted(listed, key=lambda file: file.rpartition(".")):  # by name, then by ending
@@ -256,8 +256,8 @@ def read_values(picture, path):
     ids = np.array(picture).astype(np.int64)
     if picture.mode == "L" and picture.format == "PNG":
         with open(path, "rb") as file:
-            bits = file.read(25)[24]
-        if bits in (2, 4):  # Pillow scales these up to 255
+            bits = file.read(25)[24]  # a pixel, by the header
+        if bits in (2, 4):  # Pillow has scaled these up to 255
             ids //= 255 // (2 ** bits - 1)
     return ids
 
@@ -555,7 +555,7 @@ def write_captions(folder, name, captions):
 
 
 def write_pair(folder, name, image, ids=None, instances=None, captions=(), K=None, ending=".png"):
-    """Write one pair: captions, instances, mask, then the image. An image that exists means a complete pair.
+    """Write one pair: captions, instances, mask, then the image: one that exists means a complete pair.
 
     image      (H, W, 3) uint8 or a PIL picture; or the path of a file, which is linked
     ids        (H, W) uint8 class ids of K classes; None for images without masks
@@ -588,7 +588,7 @@ def find_dataset(data):
     """A data set's NAME (data/NAME of the project) or a folder with train/ and val/ -> that folder."""
     given, named = Path(data), ROOT / "data" / data
     folder = given if any(given.glob("*/images")) or not named.is_dir() else named
-    if folder.is_dir() and (folder.name == "shapes" or any(folder.glob("*/images"))):
+    if is_shapes(folder) or any(folder.glob("*/images")):
         return folder
     if (folder / "prepare.py").is_file():
         raise ValueError(f"{folder}: not prepared yet. Create it with: python data/{folder.name}/prepare.py "
@@ -597,10 +597,15 @@ def find_dataset(data):
                      "val/")
 
 
+def is_shapes(data):
+    """Whether a data set, by its NAME or folder, is the built-in one."""
+    return data == "shapes" or Path(data).resolve() == ROOT / "data" / "shapes"
+
+
 def find_split(data, split):
     """The pair folder of one split of a data set. A missing split of the built-in shapes is made now."""
     root = find_dataset(data)
-    if root.resolve() == ROOT / "data" / "shapes":
+    if is_shapes(root):
         make_shapes(split)
     if not (root / split).is_dir():
         names = ", ".join(sorted(p.parent.name for p in root.glob("*/images"))) or "none"
@@ -646,10 +651,10 @@ def contact_sheet(rows, captions=(), classes=(), title="", columns=8):
     title     a text above all
     """
     height, width = next(iter(rows.values()))[0].shape[:2]
-    scale = max(1, round(144 / width)) if width <= 256 else 256 / width
+    scale = max(1, round(144 / width)) if width <= 256 else 256 / width  # small ones by a whole number
     resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
     width, height = round(width * scale), round(height * scale)
-    texts = [textwrap.fill(text, max(width // 7, 8)) for text in captions]
+    texts = [textwrap.fill(text, max(width // 7, 8)) for text in captions]  # 7: the width of a letter
     count = len(next(iter(rows.values())))
     columns = min(columns, count)
 
@@ -657,7 +662,7 @@ def contact_sheet(rows, captions=(), classes=(), title="", columns=8):
     row_height, text_height = height + 4, 16 * max([text.count("\n") + 1 for text in texts], default=0)
     block = len(rows) * row_height + text_height + 6  # all rows of `columns` pictures
     top = 22 if title else 2
-    foot = top + block * -(-count // columns)
+    foot = top + block * math.ceil(count / columns)
     sheet = Image.new("RGB", (left + columns * (width + 4), foot), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((4, 3), title, "black", FONT)
@@ -678,7 +683,7 @@ def with_legend(sheet, classes):
     names = [c["name"] for c in classes]
     cell = 32 + max(round(FONT.getlength(name)) for name in names)
     across = max(1, sheet.width // cell)
-    height = 20 * -(-len(names) // across) + 4
+    height = 20 * math.ceil(len(names) / across) + 4
     larger = Image.new("RGB", (max(sheet.width, cell), sheet.height + height), "white")
     larger.paste(sheet)
     draw = ImageDraw.Draw(larger)
@@ -709,11 +714,12 @@ def run(main):
 
 
 class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """-h shows the default of every flag that has one."""
+    """-h shows the default of every flag that has one, unless its help says it already."""
 
     def _get_help_string(self, action):
-        shown = action.default in (None, False) or "(default" in action.help
-        return action.help if shown else super()._get_help_string(action)
+        none = action.default in (None, "") or action.default is False
+        said = none or "(default" in action.help
+        return action.help if said else super()._get_help_string(action)
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -730,12 +736,13 @@ def number(kind, least, most=float("inf"), above=False):
     """An argparse type: a finite number of that kind from `least` (with `above`: over it) to `most`."""
     def parse(text):
         value = kind(text)
-        if not least <= value <= most or value == float("inf") or above and value == least:
+        enough = value > least if above else value >= least
+        if not enough or value > most or value == float("inf"):
             wanted = f"over {least}" if above else f"of {least} or more"
             wanted += f" and at most {most}" if most < float("inf") else ""
             raise argparse.ArgumentTypeError(f"{text}: a number {wanted} is needed")
         return value
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__  # argparse says it: "invalid int value"
     return parse
 
 
