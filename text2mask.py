@@ -516,7 +516,8 @@ class Text2Mask(TextToImage):
     def latent_loss(self, net, x0, t, cond):
         """SDXL's: the diffusion loss of the colour map's latents."""
         z0 = self.to_latents(x0)  # (B, 4, h, w)
-        noise = torch.randn_like(z0) + NOISE_OFFSET * torch.randn_like(z0[:, :, :1, :1])
+        offset = torch.randn_like(z0[:, :, :1, :1])
+        noise = torch.randn_like(z0) + NOISE_OFFSET * offset
         return diffusion.loss(net, self.schedule, z0, *cond, t=t, noise=noise)
 
     def pixel_loss(self, net, x0, codes, t, cond):
@@ -548,9 +549,11 @@ class Text2Mask(TextToImage):
             codes = np.stack([decode(colours, K) for colours in to_pixels(x0)])
         else:
             codes = last.argmax(1).to(torch.uint8).cpu().numpy()
+        if not maps:
+            return codes
+        if not self.vae:
             x0 = expected_colours(last.cpu(), self.palette)
-        colour_maps = (x0.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5
-        return (codes, colour_maps) if maps else codes
+        return codes, (x0.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5
 
 
 def expected_colours(logits, colours):

@@ -12,7 +12,7 @@ Needs:   data/pairs.py.
 
     python bench/nearest.py --data shapes --pairs out/shapes/masksyn
 
-Dimension key: N images or masks, P values of a thumbnail, M training images.
+Dimension key: N pairs, M training pairs, P values of a thumbnail, Q pixels of a small mask.
 """
 import sys
 from pathlib import Path
@@ -28,22 +28,20 @@ CLOSE = 5    # % of val's photos are nearer than what is called close
 SHOWN = 16
 
 
-def thumbnails(pairs):
-    """A PairFolder of images -> (N, P) float32."""
-    small = [Image.fromarray(pairs.read(i)["image"]).resize((SIDE, SIDE), Image.Resampling.BOX)
-             for i in range(len(pairs))]
-    return np.stack(small).astype(np.float32).reshape(len(small), -1)
-
-
-def layouts(pairs):
-    """A PairFolder of ids -> (N, P) uint8, masks of 4 SIDE x 4 SIDE pixels."""
-    small = [Image.fromarray(pairs.read(i)["ids"]).resize((4 * SIDE, 4 * SIDE), Image.Resampling.NEAREST)
-             for i in range(len(pairs))]
-    return np.stack(small).reshape(len(small), -1)
+def shrink(pairs):
+    """A PairFolder of images and ids -> thumbnails (N, P) float32, and small masks (N, Q) uint8."""
+    images, masks = [], []
+    for i in range(len(pairs)):
+        pair = pairs.read(i)
+        image = Image.fromarray(pair["image"]).resize((SIDE, SIDE), Image.Resampling.BOX)
+        mask = Image.fromarray(pair["ids"]).resize((4 * SIDE, 4 * SIDE), Image.Resampling.NEAREST)
+        images.append(np.float32(image).ravel())
+        masks.append(np.asarray(mask).ravel())
+    return np.stack(images), np.stack(masks)
 
 
 def agreement(masks, seen):
-    """(N, P), (M, P) ids -> for each mask, the most % of its pixels that one of `seen` shares, (N,)."""
+    """(N, Q), (M, Q) ids -> for each mask, the most % of its pixels that one of `seen` shares, (N,)."""
     return np.array([100 * (seen == mask).mean(1).max() for mask in masks])
 
 
@@ -66,16 +64,18 @@ def main(argv=None):
     parts = ("image", "ids")
     seen = PairFolder(find_split(args.data, args.split), parts, limit=args.limit)
     val, synthetic = PairFolder(find_split(args.data, "val"), parts), PairFolder(args.pairs, parts)
-    photos, masks = thumbnails(seen), layouts(seen)
-    natural, _ = nearest(thumbnails(val), photos)
-    distance, which = nearest(thumbnails(synthetic), photos)
+    photos, seen_masks = shrink(seen)
+    val_images, val_masks = shrink(val)
+    images, masks = shrink(synthetic)
+    natural, _ = nearest(val_images, photos)
+    distance, which = nearest(images, photos)
     limit = np.percentile(natural, CLOSE)
-    for name, values, pairs in (("val", natural, val), (str(args.pairs), distance, synthetic)):
+    for name, values, own in (("val", natural, val_masks), (str(args.pairs), distance, masks)):
         low, middle = np.percentile(values, (CLOSE, 50))
         share = 100 * (values < limit).mean()
         print(f"{name}: {low:.1f} grey levels at {CLOSE} %, {middle:.1f} at 50 %; {share:.1f} % are "
               f"nearer to a photo than {limit:.1f}")
-        middle, high = np.percentile(agreement(layouts(pairs), masks), (50, 100 - CLOSE))
+        middle, high = np.percentile(agreement(own, seen_masks), (50, 100 - CLOSE))
         print(f"{name}: the most similar training mask has the same class in {middle:.1f} % of a mask's "
               f"pixels (median; {high:.1f} % in the {CLOSE} % most similar masks)")
     closest = distance.argsort()[:SHOWN]

@@ -586,8 +586,7 @@ def unfinished(folder):
 
 def find_dataset(data):
     """A data set's NAME (data/NAME of the project) or a folder with train/ and val/ -> that folder."""
-    given, named = Path(data), ROOT / "data" / data
-    folder = given if any(given.glob("*/images")) or not named.is_dir() else named
+    folder = locate_dataset(data)
     if is_shapes(folder) or any(folder.glob("*/images")):
         return folder
     if (folder / "prepare.py").is_file():
@@ -597,9 +596,15 @@ def find_dataset(data):
                      "val/")
 
 
+def locate_dataset(data):
+    """Where a data set is by its NAME or folder, whether it is there or not. A folder goes before a NAME."""
+    given, named = Path(data), ROOT / "data" / data
+    return given if any(given.glob("*/images")) or not named.is_dir() else named
+
+
 def is_shapes(data):
     """Whether a data set, by its NAME or folder, is the built-in one."""
-    return data == "shapes" or Path(data).resolve() == ROOT / "data" / "shapes"
+    return locate_dataset(data).resolve() == ROOT / "data" / "shapes"
 
 
 def find_split(data, split):
